@@ -1,0 +1,287 @@
+"""Prompt -> video: a causal few-step generator streams it chunk by chunk; a bidirectional model samples it whole.
+
+    prompt -> UMT5 -> rollout (DiT + KV cache, a few consistency steps per chunk) -> VAE, streamed -> mp4
+
+    python generate.py "a red striped circle moving left on a navy background"        # tiny model, CPU, offline
+    python generate.py "A corgi runs in a park." --model Wan-AI/Wan2.1-T2V-1.3B \\
+        --checkpoint gdhe17/Self-Forcing:checkpoints/self_forcing_dmd.pt              # one GPU
+    torchrun --standalone --nproc_per_node 8 generate.py --prompts prompts.txt ...    # prompts shared out
+
+Without --checkpoint (or with --bidirectional) the model itself is sampled with a multi-step ODE solver and
+classifier-free guidance, all frames at once: that is the teacher, and it cannot stream.
+"""
+import argparse
+import re
+import time
+from pathlib import Path
+
+import imageio
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from wan_causal import (MAX_POSITION, NEGATIVE_PROMPT, InputError, chunk_sizes, find_folder, format_steps, gaussian, load_checkpoint,
+                        load_dit, load_text_encoder, load_vae, ode_trajectory, processes, read_json, require, rollout,
+                        run_script, seeded, sigma_schedule, warped_steps)
+
+# Wan 2.1's own settings; a model folder may hold a defaults.json with others.
+DEFAULTS = dict(height=480, width=832, frames=81, fps=16, shift=5.0, guidance=5.0, negative=NEGATIVE_PROMPT,
+                checkpoint=None)
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description='Generate videos from prompts.',
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    g = p.add_argument_group('what')
+    g.add_argument('prompt', nargs='*', help='one or more prompts')
+    g.add_argument('--prompts', metavar='FILE', help='a text file with one prompt per line')
+    g.add_argument('--init', metavar='FILE', help='go on from this video, or from this image as the first frame')
+    g.add_argument('--frames', type=int, help='video frames, 1 + 4k, those of --init included (default: the model\'s)')
+    g.add_argument('--height', type=int, help='pixels, a multiple of 16 (default: the model\'s)')
+    g.add_argument('--width', type=int, help='pixels, a multiple of 16 (default: the model\'s)')
+    g.add_argument('--seed', type=int, default=0, help='of the noise; prompt i uses seed + i')
+    g.add_argument('--out', default='samples', help='an .mp4 file for one prompt, or a folder')
+    g = p.add_argument_group('model')
+    g.add_argument('--model', default='tests/tiny', help='a folder or hub repository, Wan\'s or diffusers\' layout')
+    g.add_argument('--checkpoint', help='generator weights: a file, or repository:path on the hub')
+    g.add_argument('--no-ema', action='store_true', help='take the weights that are not averaged, if the file has both')
+    g = p.add_argument_group('causal sampling')
+    g.add_argument('--timesteps', type=float, nargs='+', metavar='T',
+                   help='those that the network sees, falling (default: the checkpoint\'s, else 1000 750 500 250 at '
+                        'shift 5)')
+    g.add_argument('--chunk', type=int, help='latent frames per chunk (default: the checkpoint\'s, else 3)')
+    g.add_argument('--first-chunk', type=int, help='latent frames of the first chunk (default: as --chunk)')
+    g.add_argument('--window', type=int, help='latent frames a frame may see, its chunk included (default: all)')
+    g.add_argument('--sink', type=int, default=0, help='of these, how many are the video\'s first ones')
+    g = p.add_argument_group('bidirectional sampling')
+    g.add_argument('--bidirectional', action='store_true', help='all frames at once, many steps, guidance')
+    g.add_argument('--steps', type=int, default=50, help='solver steps')
+    g.add_argument('--solver', choices=['unipc', 'euler'], default='unipc', help='ODE solver')
+    g.add_argument('--shift', type=float, help='timestep shift (default: the model\'s)')
+    g.add_argument('--guidance', type=float, help='classifier-free guidance, 1 is off (default: the model\'s)')
+    g.add_argument('--negative', help='negative prompt (default: the model\'s)')
+    g = p.add_argument_group('machine')
+    g.add_argument('--device', help='cpu or cuda (default: cuda if there is one)')
+    g.add_argument('--dtype', choices=['float32', 'bfloat16'], help='default: bfloat16 on cuda, else float32')
+    g.add_argument('--compile', action='store_true', help='compile the DiT blocks and the decoder (minutes, once)')
+    g.add_argument('--bench', action='store_true', help='run twice and print a table of times of the second run')
+    return p.parse_args(argv)
+
+
+def check(args, defaults):
+    """Fill in the defaults; anything that cannot work is an InputError before a model is loaded."""
+    for name in ('height', 'width', 'frames', 'shift', 'guidance', 'negative', 'checkpoint'):
+        if getattr(args, name) is None:
+            setattr(args, name, defaults[name])
+    prompts = list(args.prompt)
+    if args.prompts:
+        try:
+            prompts += [line.strip() for line in Path(args.prompts).read_text().splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f'cannot read the prompts file {args.prompts}: {error}') from error
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise InputError('empty prompt: give at least one prompt, as text or with --prompts FILE')
+    if args.frames < 1 or args.frames % 4 != 1:
+        near = max(1, args.frames // 4 * 4 + 1)
+        raise InputError(f'--frames {args.frames} is not 1 + 4k: take {near} or {near + 4}')
+    if 1 + (args.frames - 1) // 4 > MAX_POSITION:
+        raise InputError(f'--frames {args.frames} is past the RoPE table: Wan has {MAX_POSITION} positions, '
+                         f'{1 + 4 * (MAX_POSITION - 1)} frames')
+    if args.height < 16 or args.width < 16 or args.height % 16 or args.width % 16:
+        raise InputError(f'{args.width}x{args.height} pixels: width and height must be positive multiples of 16')
+    for name, value in (('--chunk', args.chunk), ('--first-chunk', args.first_chunk), ('--window', args.window),
+                        ('--steps', args.steps)):
+        if value is not None and value < 1:
+            raise InputError(f'{name} {value} must be at least 1')
+    if args.sink < 0 or (args.sink and args.window is None):
+        raise InputError(f'--sink {args.sink} must not be negative, and needs a --window')
+    if args.timesteps and (args.timesteps != sorted(set(args.timesteps), reverse=True)
+                           or args.timesteps[0] > 1000 or args.timesteps[-1] <= 0):
+        raise InputError(f'--timesteps {format_steps(args.timesteps)} must fall from at most 1000 to above 0')
+    if args.shift <= 0:
+        raise InputError(f'--shift {args.shift} must be positive')
+    args.bidirectional = args.bidirectional or args.checkpoint is None
+    if args.bidirectional and (args.init or args.window):
+        raise InputError('--init and --window need a causal generator: give its weights with --checkpoint')
+    if args.out.endswith('.mp4') and len(prompts) > 1:
+        raise InputError(f'--out {args.out} is one file, but there are {len(prompts)} prompts: give a folder')
+    return prompts
+
+
+def output_paths(args, prompts):
+    """One mp4 for each prompt: --out itself, or in that folder a name of the prompt's words and the seed."""
+    if args.out.endswith('.mp4'):
+        paths = [Path(args.out)]
+    else:
+        words = [re.sub(r'\W+', '_', prompt).strip('_')[:60] or 'video' for prompt in prompts]
+        paths = [Path(args.out) / f'{word}-{args.seed + i}.mp4' for i, word in enumerate(words)]
+    try:
+        paths[0].parent.mkdir(parents=True, exist_ok=True)
+        probe = paths[0].with_name(f'.{paths[0].name}.probe')
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f'cannot write to {paths[0].parent}: {error.strerror}') from error
+    return paths
+
+
+def read_frames(file, height, width):
+    """A video or an image -> (1, 3, T, height, width) in [-1, 1], resized to cover and cropped at the centre.
+
+    Of a video the last 1 + 4k frames are taken.
+    """
+    if not Path(file).is_file():
+        raise InputError(f'no file {file} to start from')
+    try:
+        frames = np.stack([frame[..., :3] for frame in imageio.v3.imiter(file)])  # (T, H, W, 3)
+    except Exception as error:
+        raise InputError(f'{file} cannot be read as an image or a video') from error
+    if frames.ndim != 4 or frames.shape[-1] != 3:
+        raise InputError(f'{file} holds no RGB picture: its shape is {frames.shape}')
+    frames = torch.from_numpy(frames[(len(frames) - 1) % 4:]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    scale = max(height / frames.shape[2], width / frames.shape[3])
+    size = [max(height, round(frames.shape[2] * scale)), max(width, round(frames.shape[3] * scale))]
+    if size != list(frames.shape[2:]):
+        frames = torch.nn.functional.interpolate(frames, size, mode='bicubic', antialias=True).clamp(-1, 1)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return frames[:, :, top:top + height, left:left + width].transpose(0, 1).unsqueeze(0)
+
+
+class Clock:
+    """Seconds spent in each part; waits for the device around a part only when it is asked to (--bench)."""
+
+    def __init__(self, device, exact):
+        self.cuda, self.seconds, self.began = exact and device.type == 'cuda', {}, time.perf_counter()
+
+    def now(self):
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - self.began
+
+    def measure(self, part, function, *args, **kwargs):
+        start = self.now()
+        result = function(*args, **kwargs)
+        self.seconds.setdefault(part, []).append(self.now() - start)
+        return result
+
+
+def latent_chunks(model, args, context, negative, noise, init, generator, settings):
+    """Yield clean latents (1, C, f, H/8, W/8) in order, as soon as they exist."""
+    if args.bidirectional:
+        states = ode_trajectory(model, noise, context, negative, sigma_schedule(args.steps, args.shift), args.guidance,
+                                args.solver)
+        for x in tqdm(states, total=args.steps + 1, desc='solver steps', leave=False, disable=args.quiet):
+            pass
+        yield x
+        return
+    if init is not None:
+        yield init
+    timesteps, chunks = settings
+    for chunk in rollout(model, noise, context, timesteps, chunks, window=args.window, sink=args.sink, init=init,
+                         generator=generator):
+        yield chunk.x0
+
+
+def generate(parts, args, prompt, seed, path, process, settings):
+    """One video to `path`; returns the Clock. Frames are written as each chunk is decoded."""
+    model, vae, text = parts
+    clock = Clock(process.device, args.bench)
+    context = clock.measure('text', text, [prompt]).to(process.device)
+    negative = text([args.negative]).to(process.device) if args.bidirectional and args.guidance != 1 else None
+    init = None
+    if args.init:
+        init = vae.encode(read_frames(args.init, args.height, args.width).to(process.device))
+    latent_frames = 1 + (args.frames - 1) // 4
+    new = latent_frames - (0 if init is None else init.shape[2])
+    if new < 1:
+        raise InputError(f'--init {args.init} already has {4 * (init.shape[2] - 1) + 1} usable frames: --frames '
+                         f'{args.frames} must be more')
+    timesteps, chunk, first = settings
+    chunks = chunk_sizes(new, chunk, first)
+    if args.window is not None and args.window < max(chunks) + args.sink:
+        raise InputError(f'--window {args.window} is smaller than a chunk of {max(chunks)} and a sink of {args.sink} '
+                         'latent frames together')
+    generator = seeded(seed, process.device)
+    noise = gaussian((1, model.config.in_dim, new, args.height // 8, args.width // 8), generator, process.device)
+    temporary, cache = path.with_name(f'.{path.stem}.part.mp4'), {}
+    steps = latent_chunks(model, args, context, negative, noise, init, generator, (timesteps, chunks))
+    try:
+        with imageio.get_writer(temporary, fps=args.fps, quality=8, macro_block_size=2) as writer, \
+                tqdm(total=args.frames, unit='frame', desc=path.name[:30], disable=args.quiet) as bar:
+            while (latents := clock.measure('DiT', next, steps, None)) is not None:
+                frames = clock.measure('decoder', vae.decode, latents, cache)[0]  # (3, T, H, W)
+                frames = ((frames + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+                clock.seconds.setdefault('first', [clock.now()])
+                for frame in frames:
+                    writer.append_data(frame)
+                bar.update(len(frames))
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(f'cannot write {path}: {error.strerror or error}') from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    clock.seconds['total'] = [clock.now()]
+    return clock
+
+
+def bench_table(clock, args, process):
+    """Where the time of one video went."""
+    seconds = {part: sum(values) for part, values in clock.seconds.items()}
+    card = torch.cuda.get_device_name(process.device) if process.device.type == 'cuda' else 'CPU'
+    rows = [(f'{args.width}x{args.height}, {args.frames} frames, {args.dtype}', f'{card}, torch {torch.__version__}'),
+            ('text', f'{seconds["text"]:.3f} s'), ('DiT', f'{seconds["DiT"]:.3f} s'),
+            ('decoder', f'{seconds["decoder"]:.3f} s'), ('first chunk after', f'{seconds["first"]:.3f} s'),
+            ('end to end', f'{seconds["total"]:.3f} s'),
+            ('end to end, without text', f'{args.frames / (seconds["total"] - seconds["text"]):.2f} FPS'),
+            ('DiT alone', f'{args.frames / seconds["DiT"]:.2f} FPS')]
+    if process.device.type == 'cuda':
+        rows.append(('peak memory', f'{torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB'))
+    process.print('\n'.join(f'{name:<28}{value}' for name, value in rows))
+
+
+@torch.no_grad()
+def main():
+    args = parse_args()
+    folder = find_folder(args.model)
+    local = folder / 'defaults.json'
+    defaults = {**DEFAULTS, **(read_json(local) if local.exists() else {})}
+    args.fps = defaults['fps']
+    prompts = check(args, defaults)
+    paths = output_paths(args, prompts)
+    if args.init:
+        read_frames(args.init, args.height, args.width)  # a bad file is told before the models are loaded
+    with processes(args.device) as process:
+        args.dtype = args.dtype or ('bfloat16' if process.device.type == 'cuda' else 'float32')
+        args.quiet = process.rank > 0
+        dtype = getattr(torch, args.dtype)
+        model = load_dit(folder, dtype, process.device).eval()
+        metadata = {}
+        if args.checkpoint:
+            metadata = load_checkpoint(model, args.checkpoint, ema=not args.no_ema)
+            require(metadata, args.checkpoint, kind='bidirectional' if args.bidirectional else 'causal')
+        vae, text = load_vae(folder, dtype, process.device), load_text_encoder(folder, dtype, process.device)
+
+        timesteps = args.timesteps or [float(t) for t in metadata.get('timesteps', '').split(',') if t] or warped_steps()
+        settings = (timesteps, args.chunk or int(metadata.get('chunk', 3)), args.first_chunk)
+        if args.bidirectional:
+            process.print(f'{args.model} is sampled as the bidirectional teacher: {args.steps} {args.solver} steps, '
+                          f'shift {args.shift}, guidance {args.guidance}'
+                          + ('' if args.checkpoint else '; a causal generator would come with --checkpoint'))
+        else:
+            process.print(f'timesteps {format_steps(timesteps)}; chunks of {settings[1]} latent frames')
+        if args.compile:
+            for block in model.blocks:
+                block.compile()
+            vae.decoder.compile()
+        for i in range(process.rank, len(prompts), process.world):
+            for _ in range(2 if args.bench else 1):
+                clock = generate((model, vae, text), args, prompts[i], args.seed + i, paths[i], process, settings)
+            if args.bench:
+                bench_table(clock, args, process)
+            seconds = clock.seconds['total'][0]
+            print(f'{paths[i]}: {args.frames} frames at {args.width}x{args.height} in {seconds:.1f} s '
+                  f'({args.frames / seconds:.1f} FPS)', flush=True)
+
+
+if __name__ == '__main__':
+    run_script(main)

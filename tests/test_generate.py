@@ -1,0 +1,131 @@
+"""generate.py as a user runs it: real subprocesses, real files."""
+import imageio
+import numpy as np
+import pytest
+from conftest import ROOT, random_dit, run, torchrun
+
+import wan_causal as wc
+
+PROMPT = "a red striped circle moving left on a navy background"
+FEW = ["--frames", 9, "--steps", 2]
+
+
+@pytest.fixture(scope="module")
+def causal(tmp_path_factory):
+    """A causal generator for the tiny model, with random weights, as a later stage would save it."""
+    path = tmp_path_factory.mktemp("weights") / "causal.safetensors"
+    config = wc.load_config(ROOT / "tests/tiny")
+    sizes = {name: getattr(config, name) for name in ("dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_dim")}
+    wc.save_checkpoint(path, random_dit(**sizes).state_dict(), stage="test", kind="causal", chunk=3,
+                       timesteps="1000,937.5,833.333,625", config=config)
+    return path
+
+
+def read(path):
+    return np.stack(list(imageio.v3.imiter(path)))
+
+
+def test_default_model_writes_a_video_and_says_so(tmp_path):
+    done = run("generate.py", PROMPT, *FEW, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    file = tmp_path / "a_red_striped_circle_moving_left_on_a_navy_background-0.mp4"
+    assert f"{file}: 9 frames at 64x64 in " in done.stdout and "FPS" in done.stdout
+    assert "bidirectional teacher: 2 unipc steps, shift 3.0, guidance 3.0" in done.stdout
+    assert read(file).shape == (9, 64, 64, 3) and list(tmp_path.iterdir()) == [file]
+
+
+def test_causal_streaming_and_its_flags(tmp_path, causal):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a blue circle\n\na red square\n")
+    done = run("generate.py", PROMPT, "--prompts", prompts, "--checkpoint", causal, "--frames", 45, "--seed", 5,
+               "--first-chunk", 1, "--window", 6, "--sink", 2, "--out", tmp_path / "new" / "folder", "--bench")
+    assert done.returncode == 0, done.stderr
+    assert "timesteps 1000, 937.5, 833.333, 625; chunks of 3 latent frames" in done.stdout
+    for row in ("text", "DiT", "decoder", "first chunk after", "end to end, without text", "DiT alone"):
+        assert row in done.stdout
+    files = sorted(tmp_path.glob("new/folder/*"))
+    assert [f.name[-6:] for f in files] == ["-6.mp4", "-7.mp4", "-5.mp4"] or len(files) == 3
+    assert all(read(f).shape == (45, 64, 64, 3) for f in files)
+
+
+def test_the_seed_decides(tmp_path, causal):
+    videos = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        done = run("generate.py", PROMPT, "--checkpoint", causal, "--frames", 9, "--seed", seed, "--out", tmp_path / f"{name}.mp4")
+        assert done.returncode == 0, done.stderr
+        videos.append(read(tmp_path / f"{name}.mp4"))
+    assert (videos[0] == videos[1]).all() and (videos[0] != videos[2]).any()
+
+
+def test_goes_on_from_a_video_and_from_an_image(tmp_path, causal):
+    ramp = np.tile(np.arange(0, 256, 2, dtype=np.uint8)[None, :, None], (96, 1, 3))  # 96 x 128
+    imageio.v3.imwrite(tmp_path / "image.png", ramp)
+    with imageio.get_writer(tmp_path / "video.mp4", fps=16, macro_block_size=2) as writer:
+        for _ in range(11):  # 1 + 4k: the last 9
+            writer.append_data(ramp)
+    for init, kept in (("image.png", 1), ("video.mp4", 9)):
+        done = run("generate.py", PROMPT, "--checkpoint", causal, "--frames", 21, "--init", tmp_path / init,
+                   "--out", tmp_path / "out.mp4")
+        assert done.returncode == 0, done.stderr
+        frames = read(tmp_path / "out.mp4").astype(float)
+        assert frames.shape == (21, 64, 64, 3)
+        columns = frames[:kept, 8:-8].mean((0, 1, 3))  # the ramp, through the VAE, still rises to the right
+        assert np.corrcoef(columns, np.arange(64))[0, 1] > 0.9
+    done = run("generate.py", PROMPT, "--checkpoint", causal, "--frames", 9, "--init", tmp_path / "video.mp4",
+               "--out", tmp_path / "none.mp4")
+    assert done.returncode == 2 and "already has 9 usable frames: --frames 9 must be more" in done.stderr
+    assert not (tmp_path / "none.mp4").exists()
+
+
+def test_two_processes_share_the_prompts_and_write_the_same_files(tmp_path, causal):
+    prompts = [PROMPT, "a blue circle", "a plain green square bouncing on a gray background"]
+    args = ["generate.py", *prompts, "--checkpoint", causal, "--frames", 21]
+    assert run(*args, "--out", tmp_path / "one").returncode == 0
+    done = torchrun(2, *args, "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("FPS)") == 3
+    one, two = (sorted((tmp_path / folder).iterdir()) for folder in ("one", "two"))
+    assert [f.name for f in one] == [f.name for f in two] and len(one) == 3
+    for a, b in zip(one, two):
+        assert a.read_bytes() == b.read_bytes()
+
+
+@pytest.mark.parametrize("args, words", [
+    ([PROMPT, "--model", "no/such/model/here"], "no model folder"),
+    ([PROMPT, "--model", "README.md"], "no model folder"),
+    ([PROMPT, "--checkpoint", "nowhere.pt"], "no checkpoint file"),
+    ([PROMPT, "--checkpoint", "README.md"], "not a weight file"),
+    ([PROMPT, "--checkpoint", "tests/tiny/vae/diffusion_pytorch_model.safetensors"], "is a VAE, not generator weights"),
+    ([PROMPT, "--checkpoint", "tests/tiny/reward_model/ImageReward.safetensors"], "is an ImageReward model"),
+    ([PROMPT, "--frames", 0], "--frames 0 is not 1 + 4k"),
+    ([PROMPT, "--frames", 82], "--frames 82 is not 1 + 4k: take 81 or 85"),
+    ([PROMPT, "--width", 65], "multiples of 16"),
+    ([PROMPT, "--chunk", 0], "--chunk 0 must be at least 1"),
+    ([PROMPT, "--timesteps", 500, 900], "must fall"),
+    ([PROMPT, "--window", 2, "--checkpoint", "CAUSAL"], "--window 2 is smaller than a chunk of 3"),
+    ([PROMPT, "--sink", 2, "--checkpoint", "CAUSAL"], "needs a --window"),
+    ([PROMPT, "--bidirectional", "--checkpoint", "CAUSAL"], "kind = causal, but kind = bidirectional is needed"),
+    ([PROMPT, "--init", "nothing.png", "--checkpoint", "CAUSAL"], "no file nothing.png"),
+    ([PROMPT, "--init", "README.md", "--checkpoint", "CAUSAL"], "cannot be read as an image or a video"),
+    ([PROMPT, "--init", "README.md"], "need a causal generator"),
+    ([], "empty prompt"), ([""], "empty prompt"), (["  "], "empty prompt"),
+    (["--prompts", "nothing.txt"], "cannot read the prompts file"),
+    ([PROMPT, PROMPT, "--out", "OUT/x.mp4"], "is one file, but there are 2 prompts"),
+    ([PROMPT, "--out", "README.md/x.mp4"], "cannot write"),
+    ([PROMPT, "--device", "cuda"], "no CUDA device"),
+    ([PROMPT, "--device", "abacus"], "unknown device"),
+    ([PROMPT, "--frames", 4097, "--checkpoint", "CAUSAL"], "past the RoPE table"),
+])
+def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, causal, args, words):
+    args = [str(causal) if a == "CAUSAL" else a.replace("OUT", str(tmp_path)) if isinstance(a, str) else a for a in args]
+    out = [] if "--out" in args else ["--out", tmp_path / "out"]
+    done = run("generate.py", *args, *out)
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr and "Traceback" not in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
+    assert not [f for f in tmp_path.rglob("*") if f.is_file()]
+
+
+def test_help_needs_no_model():
+    done = run("generate.py", "--help")
+    assert done.returncode == 0 and "--bidirectional" in done.stdout

@@ -1,0 +1,312 @@
+"""Every layout of weights in the wild, built small on disk and loaded; and everything that must be refused."""
+import json
+import pickle
+
+import pytest
+import torch
+from conftest import SMALL, random_dit
+from safetensors.torch import save_file
+
+import wan_causal as wc
+
+
+def state_of(seed=0):
+    return {key: value.clone() for key, value in random_dit(seed).state_dict().items()}
+
+
+def prefixed(state, prefix):
+    return {prefix + key: value for key, value in state.items()}
+
+
+def same(model, state):
+    return all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def lora_pairs(state, modules, rank=4, seed=1):
+    """(A, B) for each module, and the state with them folded in at scale 1."""
+    random, pairs, folded = torch.Generator().manual_seed(seed), {}, dict(state)
+    for module in modules:
+        weight = state[f"{module}.weight"]
+        A, B = torch.randn(rank, weight.shape[1], generator=random), torch.randn(weight.shape[0], rank, generator=random)
+        pairs[module], folded[f"{module}.weight"] = (A, B), weight + B @ A
+    return pairs, folded
+
+
+LORA_MODULES = ["blocks.0.self_attn.q", "blocks.1.cross_attn.o", "blocks.1.ffn.2", "text_embedding.0",
+                "time_projection.1", "head.head"]
+OTHER = state_of(5)  # weights that must not be the ones that are loaded
+
+LAYOUTS = {  # name -> what is in the .pt file, given the state that must come out
+    "flat": lambda s: s,
+    "generator": lambda s: {"generator": prefixed(s, "model."), "critic": prefixed(OTHER, "model.")},
+    "only the ema": lambda s: {"generator_ema": prefixed(s, "model.")},
+    "ema preferred": lambda s: {"generator": prefixed(OTHER, "model."), "generator_ema": prefixed(s, "model.")},
+    "fsdp": lambda s: {"generator_ema": prefixed(s, "model._fsdp_wrapped_module.")},
+    "nested wrappers": lambda s: {"generator": {k.replace("blocks.0.", "blocks.0._fsdp_wrapped_module."
+                                                          "_checkpoint_wrapped_module."): v
+                                                for k, v in prefixed(s, "model.").items()}},
+    "compiled and distributed": lambda s: {"model": prefixed(s, "module._orig_mod.")},
+    "state_dict": lambda s: {"state_dict": s, "step": 3},
+    "comfyui": lambda s: prefixed(s, "model.diffusion_model."),
+    "diffusers": lambda s: {wc.dit_diffusers_key(k): v for k, v in s.items()},
+    "rcm": lambda s: {**{"net." + k: v.flatten(1) if k == "patch_embedding.weight" else v for k, v in s.items()},
+                      "net.accum_video_sample_counter": torch.zeros(1)},
+    "critic heads and rope table": lambda s: {"model": {**s, "freqs": torch.zeros(3), "_register_tokens": torch.zeros(2),
+                                                        "_cls_pred_branch.0.weight": torch.zeros(2)}},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, tmp_path):
+    state = state_of()
+    torch.save(LAYOUTS[layout](state), tmp_path / "model.pt")
+    model = random_dit(7)
+    assert wc.load_checkpoint(model, tmp_path / "model.pt") == {}
+    assert same(model, state)
+
+
+def test_without_ema(tmp_path):
+    state = state_of()
+    torch.save({"generator": state, "generator_ema": OTHER}, tmp_path / "model.pt")
+    model = random_dit(7)
+    wc.load_checkpoint(model, tmp_path / "model.pt", ema=False)
+    assert same(model, state)
+    torch.save({"generator_ema": state}, tmp_path / "only.pt")  # the one that is there
+    wc.load_checkpoint(model, tmp_path / "only.pt", ema=False)
+    assert same(model, state)
+
+
+def test_old_pickle_format(tmp_path):
+    state = state_of()
+    torch.save(state, tmp_path / "model.pt", _use_new_zipfile_serialization=False)
+    model = random_dit(7)
+    wc.load_checkpoint(model, tmp_path / "model.pt")
+    assert same(model, state)
+
+
+@pytest.mark.parametrize("wrap", ["", "generator_lora"])
+@pytest.mark.parametrize("default", ["", ".default"])
+def test_lora_adapter_is_folded_into_the_base(tmp_path, wrap, default):
+    state = state_of()
+    pairs, folded = lora_pairs(state, LORA_MODULES)
+    adapter = {f"base_model.model.{m}.lora_{side}{default}.weight": x for m, (A, B) in pairs.items()
+               for side, x in (("A", A), ("B", B))}
+    model = random_dit(0)
+    if wrap:
+        torch.save({wrap: adapter, "step": 1}, tmp_path / "lora.pt")
+        wc.load_checkpoint(model, tmp_path / "lora.pt")
+    else:
+        save_file(adapter, tmp_path / "lora.safetensors", metadata={"lora_alpha": "8"})  # alpha / rank = 2
+        wc.load_checkpoint(model, tmp_path / "lora.safetensors")
+        folded = {k: state[k] + 2 * (v - state[k]) for k, v in folded.items()}
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, folded[key], atol=1e-5, rtol=1e-5)
+
+
+def test_full_peft_state_dict(tmp_path):
+    """Base weights under .base_layer beside their LoRA pairs (RAVEN's cmgrpo_raven_full.pt)."""
+    state = state_of()
+    pairs, folded = lora_pairs(state, LORA_MODULES)
+    full = {}
+    for key, value in state.items():
+        module, _, leaf = key.rpartition(".")
+        full[f"base_model.model.{module}.base_layer.{leaf}" if module in pairs else f"base_model.model.{key}"] = value
+    for module, (A, B) in pairs.items():
+        full[f"base_model.model.{module}.lora_A.default.weight"] = A
+        full[f"base_model.model.{module}.lora_B.default.weight"] = B
+    torch.save(full, tmp_path / "full.pt")
+    model = random_dit(7)  # its own weights must not matter
+    wc.load_checkpoint(model, tmp_path / "full.pt")
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, folded[key], atol=1e-5, rtol=1e-5)
+
+
+def test_save_and_load_with_metadata(tmp_path):
+    model = random_dit(0).bfloat16()
+    path = tmp_path / "new" / "student.safetensors"
+    wc.save_checkpoint(path, model.state_dict(), stage="ode_init", kind="causal", timesteps="1000,937.5", chunk=3,
+                       config=model.config)
+    other = random_dit(7)
+    metadata = wc.load_checkpoint(other, path)
+    assert metadata["stage"] == "ode_init" and metadata["chunk"] == "3"
+    assert json.loads(metadata["config"])["dim"] == SMALL["dim"]
+    assert other.patch_embedding.weight.dtype == torch.float32  # the model keeps its own dtype
+    assert same(other, {k: v.float() for k, v in model.state_dict().items()})
+    assert [p.name for p in path.parent.iterdir()] == ["student.safetensors"]  # nothing temporary is left
+    wc.require(metadata, path, kind="causal")
+    with pytest.raises(wc.InputError, match="stage ode_init with kind = causal, but kind = bidirectional is needed"):
+        wc.require(metadata, path, kind="bidirectional")
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path):
+    path = tmp_path / "model.safetensors"
+    wc.save_checkpoint(path, {"a": torch.ones(2)}, stage="x")
+    before = path.read_bytes()
+    with pytest.raises(Exception):
+        wc.save_checkpoint(path, {"a": object()}, stage="x")
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+class Evil:
+    def __reduce__(self):
+        return print, ("this must never run",)
+
+
+def broken(tmp_path, kind):
+    path, state = tmp_path / "bad.pt", state_of()
+    if kind == "missing file":
+        return path
+    if kind == "folder":
+        path.mkdir()
+        return path
+    if kind == "text":
+        path.write_text("not weights")
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "truncated":
+        torch.save(state, path)
+        path.write_bytes(path.read_bytes()[:-4000])
+    elif kind == "truncated safetensors":
+        path = tmp_path / "bad.safetensors"
+        save_file(state, path)
+        path.write_bytes(path.read_bytes()[:-4000])
+    elif kind == "code":
+        torch.save({"generator": Evil()}, path)
+    elif kind == "bare pickle":
+        path.write_bytes(pickle.dumps(Evil()))
+    elif kind == "a number":
+        torch.save(3, path)
+    elif kind == "no tensors":
+        torch.save({"optimizer": {"lr": 1}, "note": "x"}, path)
+    elif kind == "other size":
+        torch.save(state_of() | {"head.head.bias": torch.zeros(3)}, path)
+    elif kind == "missing keys":
+        torch.save({k: v for k, v in state.items() if "blocks.1." not in k}, path)
+    elif kind == "extra keys":
+        torch.save({**state, "img_emb.proj.0.weight": torch.zeros(2)}, path)
+    elif kind == "reward model":
+        torch.save({"blip.visual_encoder.cls_token": torch.zeros(1, 1, 4)}, path)
+    elif kind == "vae":
+        torch.save(wc.WanVAE(4).state_dict(), path)
+    elif kind == "lora for another module":
+        torch.save({"base_model.model.blocks.7.ffn.0.lora_A.weight": torch.zeros(2, 48),
+                    "base_model.model.blocks.7.ffn.0.lora_B.weight": torch.zeros(64, 2)}, path)
+    elif kind == "half a lora":
+        torch.save({"blocks.0.ffn.0.lora_A.weight": torch.zeros(2, 48)}, path)
+    return path
+
+
+@pytest.mark.parametrize("kind, words", [
+    ("missing file", "no checkpoint file"), ("folder", "no checkpoint file"), ("text", "not a weight file"),
+    ("empty", "not a weight file"), ("truncated", "damaged"), ("truncated safetensors", "damaged"),
+    ("code", "objects other than tensors"), ("bare pickle", "cannot read"), ("a number", "holds no state dict"),
+    ("no tensors", "holds no state dict"), ("other size", r"1 of another shape \(head.head.bias \(3,\) instead of \(64,\)"),
+    ("missing keys", "missing"), ("extra keys", r"1 unexpected \(img_emb.proj.0.weight\)"),
+    ("reward model", "is an ImageReward model"), ("vae", "is a VAE"), ("lora for another module", "does not fit"),
+    ("half a lora", "does not fit")])
+def test_refused_in_one_sentence_and_model_untouched(tmp_path, capsys, kind, words):
+    model = random_dit(7)
+    with pytest.raises(wc.InputError, match=words) as caught:
+        wc.load_checkpoint(model, broken(tmp_path, kind))
+    assert "\n" not in str(caught.value) and "this must never run" not in capsys.readouterr().out
+    assert same(model, random_dit(7).state_dict())
+
+
+# -------------------------------------------------------------------------------------------- model folders
+
+def write_original(folder, shards=1, tokenizer=True):
+    """A folder in Wan's own layout; returns the (DiT, VAE) that are in it."""
+    from tiny_world import make_tokenizer
+    from conftest import golden_state
+    folder.mkdir(parents=True, exist_ok=True)
+    dit, vae = random_dit(0, text_dim=32), wc.WanVAE(4, dim_mult=[1, 2, 4, 4], num_res_blocks=1)
+    config = {**SMALL, "text_dim": 32, "in_dim": 16, "out_dim": 16, "eps": 1e-6, "model_type": "t2v",
+              "_class_name": "WanModel", "_diffusers_version": "0.30.0"}
+    (folder / "config.json").write_text(json.dumps(config))
+    state, name = dit.state_dict(), "diffusion_pytorch_model"
+    if shards == 1:
+        save_file(state, folder / f"{name}.safetensors")
+    else:
+        weight_map, keys = {}, list(state)
+        for i in range(shards):
+            file, part = f"{name}-{i + 1:05d}-of-{shards:05d}.safetensors", keys[i::shards]
+            save_file({k: state[k] for k in part}, folder / file)
+            weight_map |= dict.fromkeys(part, file)
+        (folder / f"{name}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    torch.save(vae.state_dict(), folder / "Wan2.1_VAE.pth")
+    torch.save(golden_state("umt5")[1], folder / "models_t5_umt5-xxl-enc-bf16.pth")
+    make_tokenizer().save_pretrained(folder / "google" / "umt5-xxl")
+    return dit, vae
+
+
+def write_diffusers(folder, dit, vae):
+    """The same models as diffusers itself saves them."""
+    from diffusers import AutoencoderKLWan
+    from test_model import diffusers_dit
+    diffusers_dit(dit).save_pretrained(folder / "transformer")
+    other = AutoencoderKLWan(base_dim=4, dim_mult=[1, 2, 4, 4], num_res_blocks=1)
+    other.load_state_dict({wc.vae_diffusers_key(k, 1): v for k, v in vae.state_dict().items()})
+    other.save_pretrained(folder / "vae")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_wans_own_layout(tmp_path, shards):
+    dit, vae = write_original(tmp_path / "wan", shards)
+    assert same(wc.load_dit(tmp_path / "wan"), dit.state_dict())
+    loaded = wc.load_vae(tmp_path / "wan")
+    assert same(loaded, vae.state_dict()) and loaded.mean.flatten().tolist() == pytest.approx(wc.LATENT_MEAN)
+    text = wc.load_text_encoder(tmp_path / "wan")
+    out = text(["a red circle", "a"])
+    assert out.shape == (2, 32, 32)
+    assert (out[0, 4:] == 0).all() and (out[0, 3] != 0).any()  # a red circle </s>, then zero rows
+    assert (out[1, 2:] == 0).all()
+
+
+def test_diffusers_layout(tmp_path):
+    dit, vae = write_original(tmp_path / "wan")
+    write_diffusers(tmp_path / "hf", dit, vae)
+    assert same(wc.load_dit(tmp_path / "hf"), dit.state_dict())
+    assert same(wc.load_vae(tmp_path / "hf"), vae.state_dict())
+
+
+def test_sharded_diffusers_layout(tmp_path):
+    from test_model import diffusers_dit
+    dit = random_dit(0)
+    (tmp_path / "model_index.json").write_text("{}")
+    diffusers_dit(dit).save_pretrained(tmp_path / "transformer", max_shard_size="100KB")
+    assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 1
+    assert same(wc.load_dit(tmp_path), dit.state_dict())
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda d: (d / "config.json").unlink(), "config.json"),
+    (lambda d: (d / "config.json").write_text("{"), "as JSON"),
+    (lambda d: (d / "config.json").write_text(json.dumps({**SMALL, "model_type": "i2v"})), "i2v model"),
+    (lambda d: (d / "config.json").write_text(json.dumps({**SMALL, "text_dim": 32, "dim": 64})), "of another shape"),
+    (lambda d: (d / "config.json").write_text(json.dumps({**SMALL, "dim": 50, "num_heads": 4})), "unsupported DiT sizes"),
+    (lambda d: (d / "diffusion_pytorch_model.safetensors").unlink(), "no file"),
+    (lambda d: (d / "Wan2.1_VAE.pth").write_bytes(b"junk"), "not a weight file"),
+    (lambda d: torch.save({"a": torch.ones(1)}, d / "Wan2.1_VAE.pth"), "not a Wan 2.1 VAE"),
+    (lambda d: (d / "google/umt5-xxl/tokenizer.json").unlink(), "cannot load the text encoder")])
+def test_damaged_folders(tmp_path, damage, words):
+    write_original(tmp_path / "wan")
+    damage(tmp_path / "wan")
+    with pytest.raises(wc.InputError, match=words) as caught:
+        wc.load_dit(tmp_path / "wan"), wc.load_vae(tmp_path / "wan"), wc.load_text_encoder(tmp_path / "wan")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "tests/nowhere", "/no/such/folder", "README.md"])
+def test_unknown_model(name):
+    with pytest.raises(wc.InputError, match="no model folder"):
+        wc.find_folder(name)
+
+
+def test_the_hub_out_of_reach():
+    with pytest.raises(wc.InputError, match="nobody-here/nothing is no folder here, and the hub did not give it"):
+        wc.find_folder("nobody-here/nothing")
+    with pytest.raises(wc.InputError, match="nobody-here/nothing:model.pt is no file here"):
+        wc.find_file("nobody-here/nothing:model.pt")

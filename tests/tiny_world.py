@@ -1,0 +1,824 @@
+"""A tiny captioned world: one textured shape moves on a plain background.
+
+`render` draws clips of it, `measure` reads everything the caption says back from the pixels alone, and
+`scorecard` compares the two. Lengths are in "world pixels", of which a frame is always 64 wide: at another
+size everything scales, speeds included. Image axes: x to the right, y down; a pixel's centre is at +0.5.
+Linear motions wrap round the frame (a torus), so a clip of any length stays interesting.
+"""
+import argparse
+import itertools
+import json
+import math
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from wan_causal import (CONFIGS, MAX_POSITION, ImageReward, TextEncoder, WanModel, WanVAE, add_noise,  # noqa: E402
+                        dit_diffusers_key, gaussian, load_dit, load_text_encoder, load_vae, ode_trajectory,
+                        shift_sigma, sigma_schedule, vae_diffusers_key)
+
+COLOURS = {"red": (220, 40, 40), "green": (60, 200, 70), "blue": (50, 90, 240),  # RGB, 0..255
+           "yellow": (240, 220, 40), "purple": (160, 50, 200), "orange": (250, 140, 20)}
+BACKGROUNDS = {"navy": (15, 20, 80), "gray": (110, 110, 110), "teal": (0, 90, 100), "brown": (95, 55, 25)}
+TEXTURES = ("plain", "striped", "dotted", "checkered")
+SHAPES = ("circle", "square", "triangle")
+DIRECTIONS = {"moving left": (-1, 0), "moving right": (1, 0), "moving up": (0, -1), "moving down": (0, 1)}
+MOTIONS = (*DIRECTIONS, "moving in circles", "bouncing", "standing still")
+WORLD = 64  # world pixels across a frame
+
+
+# ------------------------------------------------------------------------------------------- captions
+
+def all_captions():
+    """All 2016 captions, in a fixed order."""
+    return [f"a {colour} {texture} {shape} {motion} on a {background} background" for
+            colour, texture, shape, motion, background
+            in itertools.product(COLOURS, TEXTURES, SHAPES, MOTIONS, BACKGROUNDS)]
+
+
+def split():
+    """(1816 training captions, 200 held-out captions): always the same ones; every word is in both."""
+    captions = all_captions()
+    order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(0)).tolist()
+    return [captions[i] for i in sorted(order[200:])], [captions[i] for i in sorted(order[:200])]
+
+
+def parse(caption):
+    """caption -> {'colour', 'texture', 'shape', 'motion', 'background'}."""
+    fields = {"colour": COLOURS, "texture": TEXTURES, "shape": SHAPES, "motion": MOTIONS,
+              "background": BACKGROUNDS}
+    groups = {name: f"(?P<{name}>{'|'.join(words)})" for name, words in fields.items()}
+    pattern = "a {colour} {texture} {shape} {motion} on a {background} background".format(**groups)
+    match = re.fullmatch(pattern, caption)
+    if match is None:
+        raise ValueError(f"not a caption of the tiny world: {caption!r}")
+    return match.groupdict()
+
+
+# ------------------------------------------------------------------------------------------ rendering
+
+def offsets(centre, height, width):
+    """Where each pixel lies relative to the object: centre (T, 2) as x, y in pixels -> dx, dy (T, H, W).
+
+    The shortest way round the torus, so an object at one side continues on the other.
+    """
+    dx = torch.arange(width) + 0.5 - centre[:, 0, None, None]
+    dy = torch.arange(height)[:, None] + 0.5 - centre[:, 1, None, None]
+    dx = torch.remainder(dx + width / 2, width) - width / 2
+    dy = torch.remainder(dy + height / 2, height) - height / 2
+    return torch.broadcast_tensors(dx, dy)
+
+
+def shape_distance(shape, dx, dy, radius):
+    """Signed distance to the outline, negative inside; all shapes have the area of a circle of `radius`.
+
+    (0, 0) is the shape's centroid. Distances outside a corner are understated, which keeps it sharp.
+    """
+    if shape == "circle":
+        return torch.hypot(dx, dy) - radius
+    if shape == "square":
+        return torch.maximum(dx.abs(), dy.abs()) - radius * math.sqrt(math.pi) / 2
+    inradius = radius * math.sqrt(math.pi / math.sqrt(27))  # equilateral, one corner up
+    return torch.maximum(dy, dx.abs() * math.sqrt(3) / 2 - dy / 2) - inradius
+
+
+def reach(shape, radius):
+    """How far the shape reaches from its centroid: (to either side, up, down), in units of radius."""
+    if shape == "circle":
+        return radius, radius, radius
+    if shape == "square":
+        return (radius * math.sqrt(math.pi) / 2,) * 3
+    inradius = radius * math.sqrt(math.pi / math.sqrt(27))
+    return math.sqrt(3) * inradius, 2 * inradius, inradius
+
+
+def whiteness(texture, dx, dy, pixel=1.0):
+    """The white pattern on the object, 0 (its colour) to 1 (white); dx, dy and `pixel` in world pixels.
+
+    The pattern is tied to the object's centre. Its edges are one `pixel` soft.
+    """
+    def wave(x, period):  # signed distance to the edges of a square wave, positive around x = 0
+        return period / 4 - (torch.remainder(x + period / 2, period) - period / 2).abs()
+
+    def soft(distance):
+        return (distance / pixel + 0.5).clamp(0, 1)
+
+    if texture == "plain":
+        return torch.zeros_like(dx)
+    if texture == "striped":
+        return soft(wave(dx, 10))
+    if texture == "dotted":
+        return soft(3 - torch.hypot(wave(dx, 10) - 2.5, wave(dy, 10) - 2.5))
+    return 0.5 - 2 * (soft(wave(dx - 3, 12)) - 0.5) * (soft(wave(dy - 3, 12)) - 0.5)
+
+
+def trajectory(motion, shape, radius, frames, random):
+    """The centroid's positions (frames, 2) as x, y in world pixels; random: 6 numbers in [0, 1)."""
+    side, up, down = reach(shape, radius)
+    t = torch.arange(frames, dtype=torch.float32)
+
+    def inside(u, margin_before, margin_after):  # a place where the object keeps 1 px from both borders
+        return 1 + margin_before + u * (WORLD - 2 - margin_before - margin_after)
+
+    x, y = inside(random[0], side, side), inside(random[1], up, down)
+    if motion in DIRECTIONS:
+        (step_x, step_y), speed = DIRECTIONS[motion], 0.6 + 0.6 * random[2]
+        start = WORLD * random[3]
+        x, y = (start if step_x else x) + step_x * speed * t, (start if step_y else y) + step_y * speed * t
+    elif motion == "moving in circles":
+        rho = 9 + random[2] * (min(14, WORLD / 2 - 1 - side) - 9)
+        turn = 1 if random[4] < 0.5 else -1
+        angle = 2 * math.pi * (random[3] + turn * t / (36 + 21 * random[5]))
+        x = inside(random[0], side + rho, side + rho) + rho * torch.cos(angle)
+        y = inside(random[1], up + rho, down + rho) + rho * torch.sin(angle)
+    elif motion == "bouncing":
+        height = 14 + 8 * random[2]
+        phase = random[3] + t / (18 + 10 * random[4])
+        y = inside(random[1], up + height, down) - height * torch.sin(math.pi * phase).abs()
+    return torch.stack([x + 0 * t, y + 0 * t], 1) % WORLD
+
+
+def render(captions, frames=57, size=64, generator=None, return_state=False):
+    """Clips that show what the captions say: (B, 3, frames, size, size) float32 in [-1, 1].
+
+    What a caption leaves open (place, object size, speed, phase) is drawn from `generator`. With
+    return_state, also {'centre': (B, frames, 2) the centroids as x, y, 'radius': (B,)}, in pixels.
+    """
+    scale = size / WORLD
+    video, centres, radii = torch.empty(len(captions), 3, frames, size, size), [], []
+    for clip, caption in zip(video, captions):
+        words = parse(caption)
+        random = torch.rand(7, generator=generator).tolist()
+        radius = 13 + 2.5 * random[6]
+        centre = trajectory(words["motion"], words["shape"], radius, frames, random)
+        dx, dy = (d / scale for d in offsets(centre * scale, size, size))
+        alpha = (0.5 - scale * shape_distance(words["shape"], dx, dy, radius)).clamp(0, 1)
+        white = whiteness(words["texture"], dx, dy, 1 / scale)
+        colours = zip(COLOURS[words["colour"]], BACKGROUNDS[words["background"]])
+        for channel, (colour, background) in zip(clip, colours):
+            channel[:] = torch.lerp(torch.tensor(float(background)), colour + (255 - colour) * white, alpha)
+        centres.append(centre * scale)
+        radii.append(radius * scale)
+    video.div_(127.5).sub_(1)
+    if return_state:
+        return video, {"centre": torch.stack(centres), "radius": torch.tensor(radii)}
+    return video
+
+
+# ---------------------------------------------------------------------------------------- measurements
+
+def length(vectors):
+    """Lengths of vectors (N, ...) along the first axis."""
+    return vectors.square().sum(0).sqrt()
+
+
+def on_line(rgb, colour):
+    """Nearest points to rgb (3, ...) on the line from colour (3,) to white -> (whiteness 0..1, distance)."""
+    start = colour.view(3, *[1] * (rgb.dim() - 1))
+    along = 1 - start
+    share = (((rgb - start) * along).sum(0) / along.square().sum()).clamp(0, 1)
+    return share, length(rgb - start - along * share)
+
+
+def erode(mask, rim):
+    """mask (T, H, W) less a rim that many pixels wide, on the torus."""
+    outside = torch.nn.functional.pad((~mask)[None].float(), (rim,) * 4, mode="circular")
+    return torch.nn.functional.max_pool2d(outside, 2 * rim + 1, stride=1)[0] == 0
+
+
+def find_object(rgb):
+    """Colours and mask of the object in rgb (3, T, H, W) in 0..1 -> (background, colour, mask (T, H, W)).
+
+    The background is the clip's median colour; the object is what is far from it; the object's colour is the
+    one whose line to white passes nearest to those pixels. In the final mask each pixel is nearer to that
+    line than to the background. Without an object the mask is empty and the colour None.
+    """
+    palette = torch.tensor(list(COLOURS.values())) / 255
+    backgrounds = torch.tensor(list(BACKGROUNDS.values())) / 255
+    median = rgb[:, ::4].flatten(1).median(1).values  # every fourth frame will do
+    background = list(BACKGROUNDS)[length((backgrounds - median).T).argmin()]
+    from_background = length(rgb - median.view(3, 1, 1, 1))
+    mask = from_background > 0.25
+    if mask.float().mean() < 0.01:
+        return background, None, torch.zeros_like(mask)
+    core = erode(mask[::4], 2)  # without the outline: blurred, it has colours of its own
+    pixels = rgb[:, ::4][:, core] if core.any() else rgb[:, mask]
+    best = int(torch.stack([on_line(pixels, colour)[1].mean() for colour in palette]).argmin())
+    mask = (on_line(rgb, palette[best])[1] < from_background) & (from_background > 0.15)
+    return background, list(COLOURS)[best], mask
+
+
+def centroids(mask):
+    """mask (T, H, W), nonempty in each frame -> centroids (T, 2) as x, y in pixels, on the torus."""
+    area = mask.sum((1, 2)).clamp(min=1)
+    centre = []
+    for axis, size in ((1, mask.shape[2]), (2, mask.shape[1])):  # a first guess: the circular mean
+        angle = (torch.arange(size) + 0.5) * (2 * math.pi / size)
+        profile = mask.sum(axis).float()
+        centre.append(torch.atan2(profile @ angle.sin(), profile @ angle.cos()) * (size / (2 * math.pi)))
+    centre = torch.stack(centre, 1)
+    dx, dy = offsets(centre, *mask.shape[1:])
+    return centre + torch.stack([(dx * mask).sum((1, 2)), (dy * mask).sum((1, 2))], 1) / area[:, None]
+
+
+def unwrap(centre, height, width):
+    """Centroids (T, 2) on the torus -> a path (T, 2) that leaves the frame instead of jumping."""
+    size = torch.tensor([width, height])
+    steps = torch.remainder(centre.diff(dim=0) + size / 2, size) - size / 2
+    return torch.cat([centre[:1], centre[:1] + steps.cumsum(0)])
+
+
+def classify_motion(path):
+    """The motion of a path (T, 2) in world pixels, or None when it is none of this world's."""
+    if len(path) >= 10:  # mean of 5 frames, against jitter
+        path = path.unfold(0, 5, 1).mean(2)
+    extent = path.amax(0) - path.amin(0)
+    if extent.max() < 5:
+        return "standing still"
+    t = torch.linspace(-1, 1, len(path))[:, None]
+    around = path - path.mean(0)
+    drift = (around * t).sum(0) / t.square().sum() * 2  # by the straight line that fits best
+    wander = (around - drift / 2 * t).square().sum(1).mean().sqrt()
+    if wander < 0.15 * drift.norm():
+        return max(DIRECTIONS, key=lambda name: float(drift @ torch.tensor(DIRECTIONS[name]).float()))
+    # The area swept about the middle is radius * length for a circle and nothing for a to and fro.
+    steps, arm = path.diff(dim=0), around[:-1]
+    swept = (arm[:, 0] * steps[:, 1] - arm[:, 1] * steps[:, 0]).sum().abs()
+    if swept > 0.5 * arm.norm(dim=1).mean() * steps.norm(dim=1).sum():
+        return "moving in circles"
+    return "bouncing" if extent[1] > extent[0] else None
+
+
+def compare_shapes(mask, centre):
+    """IoU of the mask with each shape of equal area at the centroid: {shape: mean over frames}."""
+    dx, dy = offsets(centre, *mask.shape[1:])
+    radius = (mask.sum((1, 2)) / math.pi).sqrt()[:, None, None]
+    ious = {}
+    for shape in SHAPES:
+        ideal = shape_distance(shape, dx, dy, radius) < 0
+        ious[shape] = float(((ideal & mask).sum((1, 2)) / (ideal | mask).sum((1, 2))).mean())
+    return ious
+
+
+def compare_textures(white, mask, centre, scale):
+    """How well the pattern `white` (T, H, W) in the object fits each texture: {texture: mean over frames}.
+
+    Correlation with the ideal pattern, at the best place within +-1 px of the centroid, over the object less
+    its 2 px rim. For "plain": 1 - 2 * standard deviation, thus 1 for no pattern and about 0 for a full one.
+    """
+    inner = erode(mask, max(1, round(2 * scale)))
+    steps = torch.linspace(-1, 1, 5)
+    shift_x, shift_y = (s.reshape(-1, 1) for s in torch.meshgrid(steps, steps, indexing="ij"))
+    scores = {texture: 0.0 for texture in TEXTURES}
+    for where, pattern, dx, dy in zip(inner, white, *offsets(centre, *mask.shape[1:])):
+        if where.sum() < 20:
+            continue  # nothing to see in this frame: counts as 0
+        pattern = pattern[where]
+        deviation = pattern.std(correction=0)
+        scores["plain"] += float(1 - 2 * deviation) / len(mask)
+        x, y = dx[where] / scale + shift_x, dy[where] / scale + shift_y
+        for texture in TEXTURES[1:]:
+            ideal = whiteness(texture, x, y, 1 / scale)
+            covariance = ((ideal - ideal.mean(1, keepdim=True)) * (pattern - pattern.mean())).mean(1)
+            correlation = covariance / (ideal.std(1, correction=0) * deviation + 1e-3)
+            scores[texture] += float(correlation.max()) / len(mask)
+    return scores
+
+
+def shift(frames, by):
+    """Shift frames (C, T, H, W) round the torus by (T, 2) = x, y pixels, in Fourier space.
+
+    Smooths by (1, 2, 1) / 4 both ways, as what the pixel grid does to an edge moves in no simple way.
+    """
+    height, width = frames.shape[2:]
+    spectrum = torch.fft.rfft2(frames)
+    for frequency, way in ((torch.fft.rfftfreq(width), by[:, 0, None, None]),
+                           (torch.fft.fftfreq(height)[:, None], by[:, 1, None, None])):
+        spectrum *= torch.cos(math.pi * frequency) ** 2 * torch.exp(-2j * math.pi * frequency * way)
+    return torch.fft.irfft2(spectrum, s=(height, width))
+
+
+def flicker(rgb, mask, path):
+    """Mean |difference| (0..255 levels) of consecutive frames in the object, its motion taken out."""
+    if len(path) < 2:
+        return 0.0
+    half = path.diff(dim=0) / 2  # both frames meet half way, so that both are treated alike
+    change = (shift(rgb[:, :-1], half) - shift(rgb[:, 1:], -half)).abs().mean(0)
+    return float(change[mask[:-1] | mask[1:]].mean() * 255)
+
+
+def sharpness(rgb, mask):
+    """Typical steepness of the object's edges: sum |gradient|^2 / sum |gradient|, in levels per pixel."""
+    dx, dy = (rgb.roll(-1, axis) - rgb for axis in (3, 2))
+    steep = length(torch.cat([dx, dy]))[mask]
+    return float(steep.square().sum() / steep.sum().clamp(min=1e-6) * 255)
+
+
+def measure(video, looks=12):
+    """What the clips (B, 3, T, H, W) in [-1, 1] show, from the pixels alone: one dict per clip.
+
+    background, colour, shape, texture, motion: words of the caption, or None
+    object: share of the pixels; 0 when there is no object, and then all words are None and all scores 0
+    shape_iou: overlap (IoU) of the object with the best shape of equal area at its centroid
+    texture_scores: how well each texture fits, see compare_textures; texture_correlation: the best one
+    path: mean distance from frame to frame, net: displacement (x, y), extent: (x, y) range, all in px
+    flicker, sharpness: see there. Shape, texture and sharpness come from `looks` evenly spaced frames.
+    """
+    return [measure_clip(clip, looks) for clip in video.detach().float().cpu()]
+
+
+def measure_clip(clip, looks):
+    """The dict of `measure` for one clip (3, T, H, W)."""
+    rgb = ((clip + 1) / 2).clamp(0, 1)
+    height, width = rgb.shape[2:]
+    scale = min(height, width) / WORLD
+    background, colour, mask = find_object(rgb)
+    seen = mask.float().mean((1, 2)) > 0.01  # frames without an object are left out
+    if not seen.any():
+        return {**dict.fromkeys(("background", "colour", "shape", "texture", "motion")), "object": 0.0,
+                "shape_iou": 0.0, "texture_scores": dict.fromkeys(TEXTURES, 0.0), "texture_correlation": 0.0,
+                "path": 0.0, "net": (0.0, 0.0), "extent": (0.0, 0.0), "flicker": 0.0, "sharpness": 0.0}
+    share, rgb, mask = float(mask.float().mean()), rgb[:, seen], mask[seen]
+    path = unwrap(centroids(mask), height, width)
+    some = torch.linspace(0, len(path) - 1, min(looks, len(path))).round().long()
+    shapes = compare_shapes(mask[some], path[some])
+    white = on_line(rgb[:, some], torch.tensor(COLOURS[colour]) / 255)[0]
+    textures = compare_textures(white, mask[some], path[some], scale)
+    shape, texture = max(shapes, key=shapes.get), max(textures, key=textures.get)
+    steps = path.diff(dim=0).norm(dim=1)
+    return {"background": background, "colour": colour, "shape": shape, "texture": texture,
+            "motion": classify_motion(path / scale), "object": share, "shape_iou": shapes[shape],
+            "texture_scores": textures, "texture_correlation": textures[texture],
+            "path": float(steps.mean()) if len(steps) else 0.0, "net": tuple((path[-1] - path[0]).tolist()),
+            "extent": tuple((path.amax(0) - path.amin(0)).tolist()),
+            "flicker": flicker(rgb, mask, path), "sharpness": sharpness(rgb[:, some], mask[some])}
+
+
+def scorecard(video, captions):
+    """Means over the clips: the shares that show what their caption says ('all': in every respect), the
+    correlation with the caption's texture, the length of net, the longer side of extent, and the others
+    of `measure` as they are."""
+    rows = []
+    for seen, caption in zip(measure(video), captions, strict=True):
+        words = parse(caption)
+        row = {name: float(seen[name] == word) for name, word in words.items()}
+        row["all"] = min(row.values())
+        row["texture_correlation"] = seen["texture_scores"][words["texture"]]
+        row |= {name: seen[name] for name in ("shape_iou", "path", "flicker", "sharpness", "object")}
+        row |= {"net": math.hypot(*seen["net"]), "extent": max(seen["extent"])}
+        rows.append(row)
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+
+# ----------------------------------------------------------------------------------------- training parts
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalised (Jordan et al., 2024); convolution kernels count as matrices.
+
+    The update is scaled by 0.2 sqrt(max(rows, columns)), so that it has the size of an AdamW update.
+    """
+
+    def __init__(self, params, lr, momentum=0.95):
+        super().__init__(params, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                average = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                average.lerp_(p.grad, 1 - group["momentum"])
+                x = p.grad.lerp(average, group["momentum"]).flatten(1)  # Nesterov
+                size, tall = max(x.shape), x.shape[0] > x.shape[1]
+                x = (x.T if tall else x) / (x.norm() + 1e-7)
+                for _ in range(5):  # Newton-Schulz: pushes all singular values towards 1
+                    gram = x @ x.T
+                    x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+                x = (x.T if tall else x).reshape(p.shape)
+                p.add_(x, alpha=-group["lr"] * 0.2 * size ** 0.5)
+
+
+def fit(name, folder, model, loss_of, steps, lr, seed=0, warmup=100, clip=1.0, ema=None, matrices=None, every=250):
+    """Minimise loss_of(step, generator) over `steps` steps; a killed run goes on where it was last saved.
+
+    Muon on `matrices` (default: every weight of two or more dimensions that maps to more than one channel)
+    and AdamW on the rest, both with warm-up and cosine decay. Everything random comes from a generator that
+    is seeded by (seed, step), so that a resumed run equals an uninterrupted one.
+    """
+    path = folder / f"{name}.pt"
+    matrices = matrices or (lambda n, p: p.ndim >= 2 and min(p.shape[0], p[0].numel()) > 1 and "norm" not in n)
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    big, small = [p for n, p in named if matrices(n, p)], [p for n, p in named if not matrices(n, p)]
+    optimizers = [torch.optim.AdamW(small, lr=lr, betas=(0.9, 0.98), weight_decay=0)]
+    if big:
+        optimizers.append(Muon(big, lr=lr))
+    average = {n: p.detach().clone() for n, p in named} if ema else {}
+    start = 0
+    if path.exists():
+        saved = torch.load(path, weights_only=True)
+        model.load_state_dict(saved["model"])
+        for optimizer, state in zip(optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(state)
+        start, average = saved["step"], saved["ema"]
+    bar, began = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=10), time.time()
+    for step in bar:
+        scale = min(1, (step + 1) / warmup) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * scale
+        loss = loss_of(step, torch.Generator().manual_seed(seed * 1_000_003 + step))
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for _, p in named], clip)
+        for optimizer in optimizers:
+            optimizer.step()
+        if ema:
+            with torch.no_grad():
+                torch._foreach_lerp_(list(average.values()), [p for _, p in named], 1 - min(ema, (step + 1) / (step + 10)))
+        bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+        if (step + 1) % every == 0 or step + 1 == steps:
+            torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
+                        "ema": average, "step": step + 1}, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").rename(path)
+            print(f"{name} step {step + 1} loss {loss.item():.4f} {time.time() - began:.0f} s", flush=True)
+    if ema:
+        model.load_state_dict({**model.state_dict(), **average})
+    return model
+
+
+def library(captions, clips, frames, seed):
+    """`clips` clips of random captions as uint8 (N, 3, T, 64, 64), their centroids and captions."""
+    random = torch.Generator().manual_seed(seed)
+    chosen = [captions[i] for i in torch.randint(len(captions), (clips,), generator=random)]
+    parts = [render(chosen[i:i + 50], frames, generator=random, return_state=True) for i in range(0, clips, 50)]
+    video = torch.cat([((v + 1) * 127.5).round().to(torch.uint8) for v, _ in parts])
+    return video, torch.cat([s["centre"] for _, s in parts]), chosen
+
+
+# ------------------------------------------------------------------------------------------- the parts: VAE
+
+VAE_CONFIG = dict(dim=16, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1, temporal_downsample=[False, True, True])
+
+
+def train_vae(folder, steps):
+    """Wan 2.1's VAE at base width 16, on crops round the object first, whole clips last."""
+    torch.manual_seed(1)
+    vae = WanVAE(**VAE_CONFIG, latent_mean=[0.] * 16, latent_std=[1.] * 16)
+    for name, module in vae.named_modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)):
+            # variance-preserving, since the default shrinks the signal through 15 convolutions without a skip
+            torch.nn.init.normal_(module.weight, std=(0.3 if name.endswith("residual.6") else 1) * module.weight[0].numel() ** -0.5)
+            torch.nn.init.zeros_(module.bias)
+            layout = torch.channels_last if module.weight.ndim == 4 else torch.channels_last_3d
+            module.weight.data = module.weight.data.contiguous(memory_format=layout)  # faster on CPU
+    vae.conv1.bias.data[16:] = -6  # starts almost without posterior noise
+    video, centre, captions = library(split()[0], 500, 57, seed=1)
+    background = torch.tensor([BACKGROUNDS[parse(c)["background"]] for c in captions]).view(-1, 3, 1, 1, 1)
+    schedule = [(0.2, [(1, 20)], 32), (0.35, [(1, 20), (5, 5), (9, 3)], 32), (0.8, [(5, 4), (9, 3), (17, 2)], 40),
+                (1.0, [(5, 3), (9, 2), (17, 2)], 64)]  # until which share of the run: (frames, clips), crop
+
+    def loss_of(step, random):
+        progress = step / steps
+        _, sizes, crop = next(s for s in schedule if progress < s[0])
+        frames, batch = sizes[step % len(sizes)]
+        crops, weights = [], []
+        for i in torch.randint(len(video), (batch,), generator=random).tolist():
+            t = torch.randint(57 - frames + 1, (1,), generator=random).item()
+            middle = centre[i, t + frames // 2] + (torch.rand(2, generator=random) - 0.5) * 24
+            x, y = (int(min(max(m - crop / 2, 0), 64 - crop)) for m in middle)
+            clip = video[i, :, t:t + frames, y:y + crop, x:x + crop]
+            crops.append(clip / 127.5 - 1)
+            weights.append(1 + 3 * ((clip - background[i]).abs().amax(0, keepdim=True) > 12).float())
+        x, weight = torch.stack(crops).contiguous(memory_format=torch.channels_last_3d), torch.stack(weights)
+        mu, log_var = vae.conv1(vae.encoder(x)).chunk(2, dim=1)
+        log_var = log_var.clamp(-20, 4)
+        noise = torch.randn(mu.shape, generator=random)
+        out = vae.decoder(vae.conv2(mu + (0.5 * log_var).exp() * noise))
+        kl = 0.5 * (mu.square() + log_var.exp() - 1 - log_var).mean()
+        square = (weight * (out - x).square()).mean()
+        if progress < 0.4:
+            return 2 * square + 1e-4 * kl
+        gradient = sum((weight * (out - x).diff(dim=d, append=(out - x).select(d, -1).unsqueeze(d)).abs()).mean() for d in (3, 4))
+        return square + (weight * (out - x).abs()).mean() + 0.3 * gradient + 1e-4 * kl
+
+    fit("vae", folder, vae, loss_of, steps, lr=3e-3, matrices=lambda n, p: p.ndim >= 4 and min(p.shape[0], p[0].numel()) > 1)
+    return vae
+
+
+def encode_library(folder, vae, clips):
+    """Latents (N, 16, 15, 8, 8) of `clips` training clips, before normalisation, and their captions; kept on disk."""
+    path = folder / "latents.pt"
+    if not path.exists():
+        video, _, captions = library(split()[0], clips, 57, seed=2)
+        with torch.no_grad():
+            latents = torch.cat([vae.encode(video[i:i + 4] / 127.5 - 1)
+                                 for i in tqdm(range(0, clips, 4), desc="latents", mininterval=10)])
+        torch.save({"latents": latents, "captions": captions}, path)
+    saved = torch.load(path, weights_only=True)
+    return saved["latents"], saved["captions"]
+
+
+# ------------------------------------------------------------------------------------------ the parts: text
+
+def words():
+    """The vocabulary: every word of the captions, in the order of their first use."""
+    return list(dict.fromkeys(word for caption in all_captions() for word in caption.split()))
+
+
+def make_tokenizer():
+    """A word-level tokenizer with UMT5's special tokens: <pad> 0, </s> 1, <unk> 2."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words()])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
+                                   unk_token="<unk>", model_max_length=CONFIGS["tiny"].text_len)
+
+
+ATTRIBUTES = {"colour": list(COLOURS), "texture": list(TEXTURES), "shape": list(SHAPES), "motion": list(MOTIONS),
+              "background": list(BACKGROUNDS)}
+
+
+def train_text(folder, steps):
+    """A two-layer UMT5 encoder: from the output at every token, linear probes must tell all the caption says."""
+    from transformers import UMT5Config, UMT5EncoderModel
+    torch.manual_seed(2)
+    tokenizer, text_dim = make_tokenizer(), CONFIGS["tiny"].text_dim
+    encoder = UMT5EncoderModel(UMT5Config(
+        vocab_size=len(tokenizer), d_model=text_dim, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
+        feed_forward_proj="gated-gelu", dropout_rate=0.0, tie_word_embeddings=True))
+    probes = torch.nn.ModuleDict({a: torch.nn.Linear(text_dim, len(v)) for a, v in ATTRIBUTES.items()})
+    captions, held_out = split()
+
+    def probe(texts, labels):
+        tokens = tokenizer(texts, padding=True, return_tensors="pt")
+        out = encoder(**tokens).last_hidden_state[tokens.attention_mask.bool()]  # (tokens of all texts, C)
+        count = tokens.attention_mask.sum(1)
+        return {a: (probes[a](out), torch.tensor([labels_of[a] for labels_of in labels]).repeat_interleave(count))
+                for a in ATTRIBUTES}
+
+    def labels_of(caption):
+        return {a: ATTRIBUTES[a].index(word) for a, word in parse(caption).items()}
+
+    def loss_of(step, random):
+        texts, labels = [], []
+        for i in torch.randint(len(captions), (64,), generator=random).tolist():
+            text, label = captions[i], labels_of(captions[i])
+            for a, word in parse(text).items():  # leave something out now and then; it need not be told then
+                if torch.rand(1, generator=random) < 0.1:
+                    text, label[a] = text.replace(word + (" background" if a == "background" else ""), ""), -100
+            texts.append(text)
+            labels.append(label)
+        return sum(torch.nn.functional.cross_entropy(*pair) for pair in probe(texts, labels).values())
+
+    fit("text", folder, torch.nn.ModuleDict({"encoder": encoder, "probes": probes}), loss_of, steps, lr=3e-3,
+        matrices=lambda n, p: False)
+    with torch.no_grad():
+        right = {a: (logits.argmax(-1) == label).float().mean().item()
+                 for a, (logits, label) in probe(held_out, [labels_of(c) for c in held_out]).items()}
+    return encoder.eval().requires_grad_(False), tokenizer, right
+
+
+# --------------------------------------------------------------------------------------- the parts: teacher
+
+def train_teacher(folder, latents, captions, text, steps):
+    """A bidirectional Wan by flow matching on normalised latents (N, 16, 15, 8, 8)."""
+    torch.manual_seed(3)
+    model = WanModel(CONFIGS["tiny"])
+    for block in model.blocks:
+        block.compile(dynamic=False)
+    index = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
+    contexts, empty = torch.cat([text([c]) for c in index]), text([""])
+    caption_of = torch.tensor([index[c] for c in captions])
+
+    def loss_of(step, random):
+        frames, batch = (7, 24) if step < 0.35 * steps else (latents.shape[2], 16)  # short clips first
+        i = torch.randint(len(latents), (batch,), generator=random)
+        x0, context = latents[i, :, :frames], contexts[caption_of[i]]
+        dropped = torch.rand(batch, 1, 1, generator=random) < 0.1
+        context = torch.where(dropped, empty, context)
+        if step % 20 == 0:  # zero rows up to Wan's 512, so that the padded length does not matter
+            context = torch.nn.functional.pad(context, (0, 0, 0, 512 - context.shape[1]))
+        u = (torch.arange(batch) + torch.rand(batch, generator=random)) / batch  # stratified
+        t = 1000 * shift_sigma(u, 3.0)
+        eps = torch.randn(x0.shape, generator=random)
+        return (model(add_noise(x0, eps, t), t, context) - (eps - x0)).square().mean()
+
+    fit("teacher", folder, model, loss_of, steps, lr=1.5e-3, warmup=150, ema=0.999,
+        matrices=lambda n, p: n.startswith("blocks") and p.ndim == 2)
+    return model
+
+
+# ---------------------------------------------------------------------------------------- the parts: reward
+
+REWARD_CONFIG = dict(image_size=64, patch_size=8, vision_dim=64, vision_layers=4, vision_heads=4, text_dim=64,
+                     text_layers=2, text_heads=4, text_ffn=128, vocab_size=64)
+
+
+def degrade(images, kind, strength, random):
+    """Spoil images (B, 3, H, W) in [-1, 1]; strength (B,) in [0, 1], 0 leaves them as they are."""
+    B, _, H, W = images.shape
+    s = strength.view(B, 1, 1, 1)
+    if kind == "blur":
+        x = torch.arange(-6, 7.0)
+        kernel = torch.exp(-0.5 * (x / (0.05 + 2.5 * strength[:, None])) ** 2)
+        kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(3, 0)  # one per image and channel
+        out = torch.nn.functional.pad(images.reshape(1, B * 3, H, W), (6, 6, 6, 6), mode="replicate")
+        out = torch.nn.functional.conv2d(out, kernel.view(B * 3, 1, 1, 13), groups=B * 3)
+        return torch.nn.functional.conv2d(out, kernel.view(B * 3, 1, 13, 1), groups=B * 3).view_as(images)
+    if kind == "noise":
+        return images + 0.4 * s * torch.randn(images.shape, generator=random)
+    # 'smear': the mean of copies along a line; 'warp': a smooth random displacement of texture and outline
+    grid = torch.stack(torch.meshgrid(torch.linspace(-1, 1, W), torch.linspace(-1, 1, H), indexing="xy"), -1)
+    if kind == "warp":
+        bumps = torch.randn(B, 2, 7, 7, generator=random) * s * 5 / W
+        field = torch.nn.functional.interpolate(bumps, (H, W), mode="bicubic", align_corners=True)
+        return torch.nn.functional.grid_sample(images, grid + field.permute(0, 2, 3, 1), padding_mode="border",
+                                               align_corners=True)
+    angle = 2 * math.pi * torch.rand(B, generator=random)
+    line = torch.stack([angle.cos(), angle.sin()], -1).view(B, 1, 1, 2) * s.view(B, 1, 1, 1) * 16 / W
+    return sum(torch.nn.functional.grid_sample(images, grid + a * line, padding_mode="border", align_corners=True)
+               for a in (-0.5, -0.25, 0, 0.25, 0.5)) / 5
+
+
+def preference_pairs(captions, count, random):
+    """`count` pairs: (better images, their captions, worse images, their captions, which kind of pair).
+
+    'sharp': the same picture less and more spoiled; 'true': one picture with its caption and with one that errs in
+    colour, texture, shape or background.
+    """
+    chosen = [captions[i] for i in torch.randint(len(captions), (count,), generator=random)]
+    better = render(chosen, 1, generator=random)[:, :, 0]
+    kind = ("blur", "warp", "smear", "noise")[torch.randint(4, (1,), generator=random)]
+    sharp = torch.arange(count) < count // 2
+    low = torch.rand(count, generator=random) * 0.6 * (torch.rand(count, generator=random) < 0.6)
+    high = torch.where(sharp, low + 0.15 + (0.85 - low) * torch.rand(count, generator=random), low)
+    state = random.get_state()
+    worse, worse_captions = degrade(better, kind, high, random), list(chosen)
+    random.set_state(state)  # the same noise and the same displacement, only less of it
+    better = degrade(better, kind, low, random)
+    for i in range(count // 2, count):
+        name = ("colour", "texture", "shape", "background")[torch.randint(4, (1,), generator=random)]
+        word = parse(chosen[i])[name]
+        others = [w for w in ATTRIBUTES[name] if w != word]
+        worse_captions[i] = chosen[i].replace(word, others[torch.randint(len(others), (1,), generator=random)])
+    return better, chosen, worse, worse_captions, sharp
+
+
+def train_reward(folder, steps):
+    """A small ImageReward on preference pairs: (model, share of held-out pairs in the right order by kind)."""
+    from transformers import BertTokenizer
+    torch.manual_seed(4)
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words()]) + "\n")
+    tokenizer = BertTokenizer(str(folder / "vocab.txt"))
+    model = ImageReward(tokenizer, mean=0.0, std=1.0, **REWARD_CONFIG)
+    captions, held_out = split()
+
+    def loss_of(step, random):
+        better, good, worse, bad, _ = preference_pairs(captions, 32, random)
+        score = model.score(torch.cat([better, worse]), good + bad)
+        margin = score[:32] - score[32:]
+        return -torch.nn.functional.logsigmoid(margin).mean() + 1e-3 * score.square().mean()
+
+    model.train()
+    fit("reward", folder, model, loss_of, steps, lr=1e-3, matrices=lambda n, p: ".layer" in n and p.ndim == 2)
+    model.eval()
+    random, right, scores = torch.Generator().manual_seed(5), {"sharp": [], "true": []}, []
+    with torch.no_grad():
+        for _ in range(32):
+            better, good, worse, bad, sharp = preference_pairs(held_out, 64, random)
+            a, b = model.score(better, good), model.score(worse, bad)
+            right["sharp"] += (a > b)[sharp].tolist()
+            right["true"] += (a > b)[~sharp].tolist()
+            scores += a.tolist() + b.tolist()
+    model.mean, model.std = torch.tensor(scores).mean().item(), torch.tensor(scores).std().item()
+    return model, {kind: sum(r) / len(r) for kind, r in right.items()}
+
+
+# ------------------------------------------------------------------------------- assembling and evaluating
+
+def save_half(state, folder, name="diffusion_pytorch_model.safetensors", metadata=None):
+    """Tensors as a float16 safetensors file."""
+    from safetensors.torch import save_file
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {key: value.detach().half().contiguous() for key, value in state.items()}
+    save_file(state, folder / name, metadata=metadata or {"format": "pt"})
+
+
+def write_json(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def export(out, vae, mean, std, encoder, tokenizer, teacher, reward):
+    """Write the parts as a diffusers WanPipeline folder, with reward_model/ and defaults.json beside them."""
+    c = CONFIGS["tiny"]
+    write_json(out / "vae/config.json", {
+        "_class_name": "AutoencoderKLWan", "base_dim": VAE_CONFIG["dim"], "z_dim": 16,
+        "dim_mult": VAE_CONFIG["dim_mult"], "num_res_blocks": 1, "attn_scales": [],
+        "temperal_downsample": VAE_CONFIG["temporal_downsample"], "dropout": 0.0,
+        "latents_mean": [round(x, 4) for x in mean], "latents_std": [round(x, 4) for x in std]})
+    save_half({vae_diffusers_key(k, 1): v for k, v in vae.state_dict().items()}, out / "vae")
+    write_json(out / "transformer/config.json", {
+        "_class_name": "WanTransformer3DModel", "patch_size": list(c.patch_size), "num_attention_heads": c.num_heads,
+        "attention_head_dim": c.dim // c.num_heads, "in_channels": c.in_dim, "out_channels": c.out_dim,
+        "text_dim": c.text_dim, "freq_dim": c.freq_dim, "ffn_dim": c.ffn_dim, "num_layers": c.num_layers,
+        "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "eps": c.eps, "rope_max_seq_len": MAX_POSITION})
+    save_half({dit_diffusers_key(k): v for k, v in teacher.state_dict().items()}, out / "transformer")
+    encoder.half().save_pretrained(out / "text_encoder")
+    encoder.float()
+    tokenizer.save_pretrained(out / "tokenizer")
+    write_json(out / "scheduler/scheduler_config.json", {
+        "_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True,
+        "flow_shift": DEFAULTS["shift"], "num_train_timesteps": 1000, "solver_order": 2})
+    write_json(out / "model_index.json", {
+        "_class_name": "WanPipeline", "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+        "transformer": ["diffusers", "WanTransformer3DModel"], "vae": ["diffusers", "AutoencoderKLWan"]})
+    write_json(out / "defaults.json", DEFAULTS)
+    sizes = {**REWARD_CONFIG, "mean": reward.mean, "std": reward.std}
+    save_half({ImageReward.published_key(k): v for k, v in reward.state_dict().items()}, out / "reward_model",
+              "ImageReward.safetensors", {"config": json.dumps(sizes)})
+    reward.tokenizer.save_pretrained(out / "reward_model/tokenizer")
+
+
+# How generate.py samples the tiny model; the teacher saw its training noise at the same shift.
+DEFAULTS = {"height": 64, "width": 64, "frames": 57, "fps": 16, "shift": 3.0, "guidance": 3.0, "negative": ""}
+
+
+def reconstruct(vae, captions, seed=7):
+    """VAE on held-out clips: PSNR in dB, and the scorecard of the reconstructions."""
+    clips = render(captions, 57, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        out = torch.cat([vae.decode(vae.encode(clips[i:i + 4])) for i in range(0, len(clips), 4)])
+    psnr = -10 * torch.log10(((out - clips) / 2).square().mean((1, 2, 3, 4))).mean().item()
+    return {"psnr": psnr, **scorecard(out, captions)}
+
+
+def sample_teacher(model, vae, text, captions, steps=50, guidance=None, seed=0, batch=20, frames=15):
+    """Bidirectional samples of the captions, (N, 3, T, 64, 64); sample i's noise has seed + i."""
+    guidance = DEFAULTS["guidance"] if guidance is None else guidance
+    videos = []
+    for i in tqdm(range(0, len(captions), batch), desc="samples", mininterval=10):
+        some = captions[i:i + batch]
+        generators = [torch.Generator().manual_seed(seed + i + j) for j in range(len(some))]
+        noise = gaussian((len(some), 16, frames, 8, 8), generators, "cpu")
+        with torch.no_grad():
+            *_, x = ode_trajectory(model, noise, text(some), text([""] * len(some)),
+                                   sigma_schedule(steps, DEFAULTS["shift"]), guidance)
+            videos.append(torch.cat([vae.decode(x[j:j + 4]) for j in range(0, len(x), 4)]))
+    return torch.cat(videos)
+
+
+def evaluate(out, count=200):
+    """What the models in `out` reach on held-out captions; written to measured.json there."""
+    _, held_out = split()
+    vae, text = load_vae(out), load_text_encoder(out)
+    result = {"vae": reconstruct(vae, held_out[:50])}
+    captions = held_out[:count]
+    result["teacher"] = scorecard(sample_teacher(load_dit(out).eval(), vae, text, captions), captions)
+    result["real"] = scorecard(render(captions, generator=torch.Generator().manual_seed(8)), captions)
+    return result
+
+
+def train(out, work, scale=1.0):
+    """Make everything in `out` from nothing; `work` keeps what a killed run needs to go on. scale: of the steps."""
+    work.mkdir(parents=True, exist_ok=True)
+    steps = {name: max(2, int(n * scale)) for name, n in
+             dict(text=800, vae=2200, latents=2400, reward=2500, teacher=10000).items()}
+    encoder, tokenizer, words_right = train_text(work, steps["text"])
+    vae = train_vae(work, steps["vae"]).eval().requires_grad_(False)
+    reward, pairs_right = train_reward(work, steps["reward"])
+    latents, captions = encode_library(work, vae, steps["latents"])
+    mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
+    latents = (latents - mean.view(1, -1, 1, 1, 1)) / std.view(1, -1, 1, 1, 1)
+    teacher = train_teacher(work, latents, captions, TextEncoder(encoder, tokenizer), steps["teacher"])
+    export(out, vae, mean.tolist(), std.tolist(), encoder, tokenizer, teacher, reward)
+    result = {**evaluate(out, max(2, min(200, int(200 * scale)))), "text": words_right, "reward": pairs_right}
+    write_json(out / "measured.json", {part: {k: round(v, 4) for k, v in r.items()} for part, r in result.items()})
+    print(json.dumps(result, indent=1))
+
+
+def main():
+    parser = argparse.ArgumentParser(description="The tiny world: train its models, or measure them.")
+    parser.add_argument("verb", choices=["train", "evaluate"])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny", help="the model folder")
+    parser.add_argument("--work", type=Path, default=Path("runs/tiny_world"), help="where a killed run goes on from")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the training steps, for a quick trial")
+    args = parser.parse_args()
+    if args.verb == "train":
+        train(args.out, args.work, args.scale)
+    else:
+        print(json.dumps(evaluate(args.out), indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1500 @@
+"""What every stage shares: the causal Wan 2.1 DiT and its KV cache, the VAE, the text encoder, the flow schedule,
+the few-step rollout, ImageReward, and loading and saving.
+
+Papers: Wan 2.1 (arXiv 2503.20314), CausVid (2412.07772), Self Forcing (2506.08009), Reward-Forcing, RAVEN
+(2605.15190), ImageReward (2304.05977), UniPC (2302.04867).
+
+Conventions
+  Latents   (B, C, F, H, W): C = 16 channels, F latent frames, 1/8 of the picture's height and width.
+  Video     (B, 3, T, H, W) in [-1, 1]; T = 1 + 4(F - 1).
+  Tokens    L = F * S, S = (H/2)(W/2) of them per latent frame; N heads of D dimensions.
+  Noise     sigma in [0, 1] and 1 is pure noise: x_t = (1 - sigma) x0 + sigma eps, v = eps - x0, t = 1000 sigma.
+            t is a number, one per sample (B,), or one per latent frame (B, F).
+  Chunk     the latent frames that are denoised together; `chunks` is the list of their sizes, e.g. [3] * 7.
+Latents are float32 everywhere; the networks convert to their own dtype and back.
+"""
+import contextlib
+import dataclasses
+import functools
+import html
+import json
+import math
+import os
+import re
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message is one sentence that says what, where and what to do."""
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Schedule: the only place where x0, v, eps and sigma are converted
+
+FEW_STEPS = (1000, 750, 500, 250)  # the student's timesteps before the shift (Self Forcing; RAVEN)
+
+
+def shift_sigma(sigma, shift):
+    """Timestep shift: more steps at high noise. sigma' = shift sigma / (1 + (shift - 1) sigma)."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def warped_steps(steps=FEW_STEPS, shift=5.0):
+    """The timesteps the network really sees: 1000, 750, 500, 250 at shift 5 -> [1000, 937.5, 833.33, 625]."""
+    return [1000 * shift_sigma(t / 1000, shift) for t in steps]
+
+
+def format_steps(steps):
+    return ', '.join(f'{t:.6g}' for t in steps)
+
+
+def sigma_of(t, x):
+    """t (number, (B,) or (B, F)) -> sigma, broadcastable to x (B, C, F, H, W), float32."""
+    sigma = torch.as_tensor(t, dtype=torch.float32, device=x.device) / 1000
+    if sigma.ndim == 0:
+        return sigma
+    if sigma.shape not in ((x.shape[0],), (x.shape[0], x.shape[2])):
+        raise ValueError(f't of shape {tuple(sigma.shape)} fits neither (B,) nor (B, F) of {tuple(x.shape)}')
+    return sigma.view(x.shape[0], 1, -1, 1, 1)
+
+
+def add_noise(x0, eps, t):
+    """x_t = (1 - sigma) x0 + sigma eps; all (B, C, F, H, W)."""
+    sigma = sigma_of(t, x0)
+    return (1 - sigma) * x0 + sigma * eps
+
+
+def x0_from_v(x_t, v, t):
+    """x0 = x_t - sigma v."""
+    return x_t - sigma_of(t, x_t) * v
+
+
+def v_from_x0(x_t, x0, t):
+    """v = (x_t - x0) / sigma; t > 0."""
+    return (x_t - x0) / sigma_of(t, x_t)
+
+
+def gaussian(shape, generator, device):
+    """Standard normal noise, float32. With a list of generators, one per sample, every sample has its own stream,
+    so that it does not depend on the batch it is in."""
+    if isinstance(generator, (list, tuple)):
+        return torch.cat([gaussian((1, *shape[1:]), g, device) for g in generator])
+    where = device if generator is None else generator.device
+    return torch.randn(shape, generator=generator, device=where).to(device)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Who sees whom: one rule, as data
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What the DiT must know of each latent frame of a sequence, besides its content.
+
+    position: RoPE position; an interleaved sequence has each twice.
+    chunk:    the chunk it belongs to.
+    history:  whether later chunks may see it.
+    window, sink: a frame sees at most `window` latent frames, its own chunk included, of which the first `sink`
+              of the video are always kept. None: everything.
+    """
+    position: tuple
+    chunk: tuple
+    history: tuple
+    window: int | None = None
+    sink: int = 0
+
+    def __len__(self):
+        return len(self.position)
+
+    def sees(self, q, k):
+        """The visibility rule: its own chunk (the noisy or the clean one), and the history before it."""
+        if self.chunk[q] == self.chunk[k]:
+            return self.history[q] == self.history[k]
+        if not (self.history[k] and self.chunk[k] < self.chunk[q]):
+            return False
+        if self.window is None or self.position[k] < self.sink:
+            return True
+        end = 1 + max(p for p, c in zip(self.position, self.chunk) if c == self.chunk[q])
+        return self.position[k] >= end - (self.window - self.sink)
+
+    @functools.cached_property
+    def visible(self):
+        """The rule as rows of booleans, F x F: visible[q][k]. None when everything sees everything."""
+        rows = tuple(tuple(self.sees(q, k) for k in range(len(self))) for q in range(len(self)))
+        return None if all(map(all, rows)) else rows
+
+
+def bidirectional(frames):
+    """All frames see all frames."""
+    return Layout(tuple(range(frames)), (0,) * frames, (True,) * frames)
+
+
+def block_causal(chunks, window=None, sink=0):
+    """Every chunk sees itself and the chunks before it, as they are in the sequence (diffusion forcing)."""
+    chunk = tuple(i for i, n in enumerate(chunks) for _ in range(n))
+    return Layout(tuple(range(len(chunk))), chunk, (True,) * len(chunk), window, sink)
+
+
+def interleaved(chunks, window=None, sink=0):
+    """noisy 1, clean 1, noisy 2, clean 2, ..., noisy T: 2T - 1 segments (RAVEN's training-time test).
+
+    A noisy chunk sees itself and the clean chunks before it, a clean one itself and the clean ones before it,
+    nothing else sees a noisy chunk. Both carry the same positions. See `interleave`.
+    """
+    position, chunk, history, start = [], [], [], 0
+    for i, n in enumerate(chunks):
+        for clean in (False, True)[:1 if i == len(chunks) - 1 else 2]:
+            position += range(start, start + n)
+            chunk += [i] * n
+            history += [clean] * n
+        start += n
+    return Layout(tuple(position), tuple(chunk), tuple(history), window, sink)
+
+
+def interleave(noisy, clean, chunks):
+    """Noisy and clean latents (B, C, F, H, W), or their timesteps (B, F) -> one sequence in `interleaved` order."""
+    axis = 1 if noisy.ndim == 2 else 2
+    pairs = zip(noisy.split(list(chunks), axis), clean.split(list(chunks), axis))
+    return torch.cat([part for pair in pairs for part in pair][:-1], axis)
+
+
+def noisy_part(sequence, chunks):
+    """The noisy chunks of an interleaved output (B, C, F', H, W) -> (B, C, F, H, W)."""
+    sizes = [n for n in chunks for _ in range(2)][:-1]
+    return torch.cat(sequence.split(sizes, dim=2)[::2], dim=2)
+
+
+def chunk_sizes(frames, chunk=3, first=None):
+    """Split `frames` latent frames into chunks: the first of size `first`, the rest of size `chunk`, the last
+    one what is left. chunk_sizes(7, 3, 1) -> [1, 3, 3]."""
+    if frames < 1 or chunk < 1 or (first is not None and first < 1):
+        raise ValueError(f'cannot split {frames} latent frames into chunks of {chunk} (first: {first})')
+    sizes = [min(first or chunk, frames)]
+    while sum(sizes) < frames:
+        sizes.append(min(chunk, frames - sum(sizes)))
+    return sizes
+
+
+def runs(indices):
+    """Sorted integers -> their contiguous runs as (start, stop): [0, 1, 2, 5] -> [(0, 3), (5, 6)]."""
+    out = []
+    for i in indices:
+        if out and out[-1][1] == i:
+            out[-1] = (out[-1][0], i + 1)
+        else:
+            out.append((i, i + 1))
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Attention
+
+@functools.lru_cache(maxsize=None)
+def compiled_flex():
+    from torch.nn.attention.flex_attention import flex_attention
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@functools.lru_cache(maxsize=64)
+def flex_mask(visible, tokens, device):
+    """Rows of booleans over frames -> flex attention's BlockMask over tokens."""
+    from torch.nn.attention.flex_attention import create_block_mask
+    table = torch.tensor(visible, device=device)
+
+    def rule(b, h, q, k):
+        return table[q // tokens, k // tokens]
+    return create_block_mask(rule, None, None, table.shape[0] * tokens, table.shape[1] * tokens, device=device)
+
+
+def attend(q, k, v, visible=None, backend='auto'):
+    """Softmax attention in which query frame i sees the key frames j with visible[i][j].
+
+    q (B, N, Fq * S, D), k and v (B, N, Fk * S, D) -> (B, N, Fq * S, D). visible: Fq rows of Fk booleans, or None for
+    all. A mask over whole frames is a union of full rectangles, so there are two exact ways to compute it:
+    'rectangles', one unmasked scaled_dot_product_attention per group of query frames that see the same keys, which
+    needs no compiler and runs anywhere; and 'flex', one flex-attention kernel, the faster one on CUDA when there are
+    many groups. 'auto' takes flex on CUDA and rectangles elsewhere (flex has no backward on CPU).
+    """
+    if visible is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    tokens = q.shape[2] // len(visible)
+    if backend == 'flex' or (backend == 'auto' and q.is_cuda and len(set(visible)) > 1):
+        if q.is_cuda:
+            return compiled_flex()(q, k, v, block_mask=flex_mask(visible, tokens, q.device))
+        from torch.nn.attention.flex_attention import flex_attention  # eager: slow, forward only, good for proofs
+        return flex_attention(q, k, v, block_mask=flex_mask(visible, tokens, q.device))
+    out, start = [], 0
+    while start < len(visible):
+        stop = start + 1
+        while stop < len(visible) and visible[stop] == visible[start]:
+            stop += 1
+        pieces = [slice(a * tokens, b * tokens) for a, b in runs([j for j, seen in enumerate(visible[start]) if seen])]
+        keys, values = ([x[:, :, piece] for piece in pieces] for x in (k, v))
+        if len(pieces) > 1:
+            keys, values = [torch.cat(keys, 2)], [torch.cat(values, 2)]
+        out.append(F.scaled_dot_product_attention(q[:, :, start * tokens:stop * tokens], keys[0], values[0]))
+        start = stop
+    return torch.cat(out, dim=2) if len(out) > 1 else out[0]
+
+
+class KVCache:
+    """Self-attention keys (after RoPE) and values of past latent frames, and the prompt's cross-attention ones.
+
+    Preallocated: per layer (B, N, frames * S, D). With fewer `frames` than the video has, it is a ring: softmax does
+    not care about order, so a new frame overwrites the oldest one, except the first `sink` frames, which stay. Slots
+    are chosen on the host from frame numbers alone, so nothing waits for the device.
+    """
+
+    def __init__(self, config, batch, frames, tokens, sink=0, rolling=True, dtype=torch.float32, device='cpu'):
+        """frames: capacity in latent frames; tokens: S; rolling: whether frames may be overwritten."""
+        if not 0 <= sink < frames:
+            raise ValueError(f'a cache of {frames} latent frames cannot keep a sink of {sink}')
+        shape = (batch, config.num_heads, frames * tokens, config.dim // config.num_heads)
+        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        self.cross = None  # per layer (keys, values) of the prompt, computed at the first forward
+        self.frames, self.tokens, self.sink, self.rolling = frames, tokens, sink, rolling
+        self.position = [None] * frames  # which latent frame each slot holds
+
+    def reset(self):
+        """Forget the video and the prompt; the memory stays."""
+        self.position = [None] * self.frames
+        self.cross = None
+
+    def slots_for(self, start, count):
+        """The slots of latent frames start .. start + count - 1."""
+        ring = self.frames - self.sink
+        if start + count - max(start, self.sink) > ring:
+            raise ValueError(f'a chunk of {count} latent frames does not fit a cache of {self.frames} with a sink '
+                             f'of {self.sink}: window must be at least chunk + sink = {count + self.sink}')
+        if not self.rolling and start + count > self.frames:
+            raise ValueError(f'latent frames {start} to {start + count - 1} do not fit a cache of {self.frames}')
+        return [p if p < self.frames else self.sink + (p - self.sink) % ring for p in range(start, start + count)]
+
+    def claim(self, start, count):
+        """Give the slots to new frames and return (slots, which slots are visible to them)."""
+        slots = self.slots_for(start, count)
+        for i, slot in enumerate(slots):
+            self.position[slot] = start + i
+        visible = tuple(p is not None and p < start + count for p in self.position)
+        return slots, None if all(visible) else (visible,) * count
+
+    def write(self, layer, slots, k, v):
+        """Store new keys and values (B, N, count * S, D) and return the whole buffers. Not differentiable."""
+        done = 0
+        for a, b in slot_runs(slots):
+            part = slice(done * self.tokens, (done + b - a) * self.tokens)
+            self.k[layer][:, :, a * self.tokens:b * self.tokens] = k[:, :, part]
+            self.v[layer][:, :, a * self.tokens:b * self.tokens] = v[:, :, part]
+            done += b - a
+        return self.k[layer], self.v[layer]
+
+    def past(self, layer, start, count):
+        """Keys and values that frames start .. start + count - 1 see besides their own, for a forward with gradient.
+
+        They are copied when a later chunk may overwrite them before the backward pass reads them.
+        """
+        claimed = set(self.slots_for(start, count))
+        old = runs([s for s, p in enumerate(self.position) if s not in claimed and p is not None and p < start])
+        pieces = [slice(a * self.tokens, b * self.tokens) for a, b in old]
+        out = []
+        for buffer in (self.k[layer], self.v[layer]):
+            parts = [buffer[:, :, piece] for piece in pieces]
+            out.append(torch.cat(parts, 2) if len(parts) > 1 else
+                       parts[0].clone() if parts and self.rolling else parts[0] if parts else buffer[:, :, :0])
+        return out
+
+
+def slot_runs(slots):
+    """Slots in frame order -> contiguous (start, stop) pieces in that order; a ring's chunk may wrap round."""
+    wrap = next((i for i in range(1, len(slots)) if slots[i] < slots[i - 1]), len(slots))
+    return runs(slots[:wrap]) + runs(slots[wrap:])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# DiT; weights under Wan's own key names
+
+@dataclasses.dataclass
+class WanConfig:
+    """Sizes of a Wan 2.1 text-to-video DiT, under the field names of Wan's config.json."""
+    dim: int = 1536
+    ffn_dim: int = 8960
+    num_heads: int = 12
+    num_layers: int = 30
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_len: int = 512
+    in_dim: int = 16
+    out_dim: int = 16
+    patch_size: tuple = (1, 2, 2)
+    eps: float = 1e-6
+
+    def __post_init__(self):
+        self.patch_size = tuple(self.patch_size)
+        if self.patch_size != (1, 2, 2) or self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise InputError(f'unsupported DiT sizes: patch {self.patch_size} must be (1, 2, 2), and {self.dim} '
+                             f'dimensions over {self.num_heads} heads must give an even head size')
+
+
+CONFIGS = {
+    'tiny': WanConfig(dim=128, ffn_dim=512, num_heads=4, num_layers=6, freq_dim=64, text_dim=64, text_len=32),
+    '1.3B': WanConfig(),
+    '14B': WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
+}
+MAX_POSITION = 1024  # rows of Wan's RoPE tables
+
+
+@functools.lru_cache(maxsize=64)
+def rope_table(position, height, width, head_dim, device):
+    """cos and sin (L, D/2) of each token's rotation: D/2 - 2(D/6) frequencies for time, D/6 for height and width.
+
+    position: the RoPE position of each latent frame; height and width in tokens. Wan's tables end at 1024.
+    """
+    highest = max(*position, height - 1, width - 1)
+    if highest >= MAX_POSITION:
+        raise ValueError(f'position {highest} is past the RoPE table: Wan has {MAX_POSITION} positions per axis '
+                         f'({1 + 4 * (MAX_POSITION - 1)} video frames)')
+    n = head_dim // 2
+    grid = torch.meshgrid(torch.tensor(position), torch.arange(height), torch.arange(width), indexing='ij')
+    angles = []
+    for axis, count in zip(grid, (n - 2 * (n // 3), n // 3, n // 3)):
+        theta = 10000.0 ** (-torch.arange(count, dtype=torch.float64) / count)
+        angles.append(axis.flatten()[:, None] * theta)
+    angles = torch.cat(angles, dim=1)  # (L, D/2)
+    return angles.cos().float().to(device), angles.sin().float().to(device)
+
+
+def rotate(x, cos, sin):
+    """RoPE on neighbouring pairs: x (B, N, L, D), cos and sin (L, D/2)."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+def sinusoid(t, dim):
+    """Timestep features [cos, sin]: t (...) -> (..., dim), float32 computed in float64."""
+    omega = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64, device=t.device) / (dim // 2))
+    angle = t.double().unsqueeze(-1) * omega
+    return torch.cat([angle.cos(), angle.sin()], dim=-1).float()
+
+
+class RMSNorm(nn.Module):
+    """RMS norm over the last dimension, computed in float32."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm computed in float32."""
+
+    def forward(self, x):
+        weight, bias = (None, None) if self.weight is None else (self.weight.float(), self.bias.float())
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+def modulate(x, shift, scale):
+    """x (B, L, C) by shift and scale (B, F or 1, 1, C), one per latent frame."""
+    return (x.unflatten(1, (shift.shape[1], -1)) * (1 + scale) + shift).flatten(1, 2).to(x.dtype)
+
+
+def gated(y, gate):
+    """y (B, L, C) by gate (B, F or 1, 1, C)."""
+    return (y.unflatten(1, (gate.shape[1], -1)) * gate).flatten(1, 2).to(y.dtype)
+
+
+class Attention(nn.Module):
+    """The projections and norms of self- and cross-attention: q, k, v, o, norm_q, norm_k."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.heads = config.num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(config.dim, config.eps), RMSNorm(config.dim, config.eps)
+
+    def split(self, x):
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, N, L, D)
+
+    def queries(self, x):
+        return self.split(self.norm_q(self.q(x)))
+
+    def keys_values(self, x):
+        return self.split(self.norm_k(self.k(x))), self.split(self.v(x))
+
+    def output(self, x):
+        return self.o(x.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention and feed-forward; the first and last modulated by the timestep."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.norm1 = LayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.self_attn = Attention(config)
+        self.norm3 = LayerNorm(config.dim, config.eps)
+        self.cross_attn = Attention(config)
+        self.norm2 = LayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.ffn = nn.Sequential(nn.Linear(config.dim, config.ffn_dim), nn.GELU('tanh'),
+                                 nn.Linear(config.ffn_dim, config.dim))
+        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim ** 0.5)
+
+    def forward(self, x, e, text, rope, visible, backend, extend=None):
+        """x (B, L, C); e (B, F or 1, 6, C) float32; text: (B, L', C), or its keys and values; visible: see `attend`.
+
+        extend: takes the new keys and values and returns all that the queries may read (the KV cache).
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + e).chunk(6, dim=2)
+        y = modulate(self.norm1(x), shift1, scale1)
+        k, v = self.self_attn.keys_values(y)
+        q, k = rotate(self.self_attn.queries(y), *rope), rotate(k, *rope)
+        if extend is not None:
+            k, v = extend(k, v)
+        x = x + gated(self.self_attn.output(attend(q, k, v, visible, backend)), gate1)
+        k, v = text if isinstance(text, tuple) else self.cross_attn.keys_values(text)
+        x = x + self.cross_attn.output(attend(self.cross_attn.queries(self.norm3(x)), k, v))
+        return x + gated(self.ffn(modulate(self.norm2(x), shift2, scale2)), gate2)
+
+
+class Head(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.norm = LayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.head = nn.Linear(config.dim, config.out_dim * math.prod(config.patch_size))
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim ** 0.5)
+
+    def forward(self, x, e):
+        shift, scale = (self.modulation.float() + e.unsqueeze(2)).chunk(2, dim=2)
+        return self.head(modulate(self.norm(x), shift, scale))
+
+
+class WanModel(nn.Module):
+    """Wan 2.1's diffusion transformer: predicts v = eps - x0.
+
+    `checkpointing`: recompute each block in the backward pass instead of keeping its activations.
+    `backend`: how masked attention is computed, see `attend`.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.checkpointing, self.backend = False, 'auto'
+        dim = config.dim
+        self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, stride=config.patch_size)
+        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU('tanh'), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim * 6))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+        for name, module in self.named_modules():  # as in Wan's init_weights
+            if isinstance(module, nn.Linear):
+                embedding = name.startswith(('text_embedding', 'time_embedding'))
+                (functools.partial(nn.init.normal_, std=0.02) if embedding else nn.init.xavier_uniform_)(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
+        nn.init.zeros_(self.head.head.weight)
+
+    def forward(self, x, t, context, layout=None, cache=None, start=0):
+        """One forward for every use; what differs is data.
+
+        x        (B, C, F, H, W) latents; H and W even.
+        t        timesteps in [0, 1000], one per sample (B,) or per latent frame (B, F).
+        context  (B, L', text_dim) text embeddings; ignored when the cache already holds the prompt.
+        layout   positions and visibility of the frames; default: `bidirectional`.
+        cache    a KVCache: the frames are one chunk at positions start, start + 1, ... that sees what the cache holds.
+                 Without gradient its keys and values are written into the cache (a clean pass at t = 0 after the
+                 last step leaves the history there). With gradient nothing is written and the history is a constant.
+        Returns v (B, C, F, H, W), float32.
+        """
+        B, C, F_, H, W = self.check_input(x, t, context, layout, cache)
+        p, q = H // self.config.patch_size[1], W // self.config.patch_size[2]
+        dtype, write = self.patch_embedding.weight.dtype, cache is not None and not torch.is_grad_enabled()
+        if cache is None:
+            layout = layout or bidirectional(F_)
+            position, visible = layout.position, layout.visible
+        else:
+            position, visible = tuple(range(start, start + F_)), None
+        rope = rope_table(position, p, q, self.config.dim // self.config.num_heads, x.device)
+        if write:
+            slots, visible = cache.claim(start, F_)
+
+        e = self.time_embedding(sinusoid(t.view(B, -1), self.config.freq_dim).to(dtype))  # (B, F or 1, C)
+        e6 = self.time_projection(e).unflatten(-1, (6, -1)).float()
+        if write and cache.cross is not None:
+            texts = cache.cross
+        else:
+            text = self.text_embedding(context.to(dtype))
+            texts = [text] * len(self.blocks)
+            if write:
+                texts = cache.cross = [block.cross_attn.keys_values(text) for block in self.blocks]
+
+        x = self.patch_embedding(x.to(dtype)).flatten(2).transpose(1, 2)  # (B, L, C)
+        for i, block in enumerate(self.blocks):
+            extend = None
+            if write:
+                extend = functools.partial(cache.write, i, slots)
+            elif cache is not None:
+                extend = functools.partial(append, *cache.past(i, start, F_))
+            args = (x, e6, texts[i], rope, visible, self.backend, extend)
+            recompute = self.checkpointing and torch.is_grad_enabled()
+            x = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
+        x = self.head(x, e.float()).float()
+        x = x.view(B, F_, p, q, *self.config.patch_size[1:], self.config.out_dim)
+        return x.permute(0, 6, 1, 2, 4, 3, 5).reshape(B, self.config.out_dim, F_, H, W)
+
+    def check_input(self, x, t, context, layout, cache):
+        """Shapes that do not fit raise a ValueError with the shapes; returns x.shape."""
+        c = self.config
+        shapes = f'x {tuple(x.shape)}, t {tuple(t.shape)}, context {tuple(context.shape)}'
+        if x.ndim != 5 or x.shape[1] != c.in_dim or x.shape[3] % 2 or x.shape[4] % 2:
+            raise ValueError(f'x must be (B, {c.in_dim}, F, H, W) with even H and W: {shapes}')
+        if tuple(t.shape) not in ((x.shape[0],), (x.shape[0], x.shape[2])):
+            raise ValueError(f't must be (B,) or (B, F): {shapes}')
+        if context.ndim != 3 or context.shape[0] != x.shape[0] or context.shape[2] != c.text_dim:
+            raise ValueError(f'context must be (B, tokens, {c.text_dim}): {shapes}')
+        if layout is not None and (len(layout) != x.shape[2] or cache is not None):
+            raise ValueError(f'a layout of {len(layout)} frames (and no cache) is for x of as many frames: {shapes}')
+        if cache is not None and (cache.k[0].shape[0] != x.shape[0] or cache.tokens * 4 != x.shape[3] * x.shape[4]):
+            raise ValueError(f'a cache for batch {cache.k[0].shape[0]} and {cache.tokens} tokens per frame: {shapes}')
+        return x.shape
+
+
+def append(past_k, past_v, k, v):
+    """History and new keys and values, as a new tensor through which gradient reaches the new ones."""
+    return torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# VAE: Wan 2.1's causal 3-D autoencoder, 8x in space and 4x in time; keys as in Wan2.1_VAE.pth
+#
+# Every module that looks back in time takes an optional `cache`: a plain dict, module -> the last frames it
+# saw. Without one a call starts a clip; with one it goes on where the last call stopped. Both run the same
+# lines, so a streamed clip equals the whole one however it is cut.
+
+class CausalConv3d(nn.Conv3d):
+    """3-D convolution that sees the present and the past: (B, C, T, H, W) -> (B, C', T, H, W)."""
+
+    def __init__(self, c_in, c_out, kernel):
+        kt, kh, kw = kernel if isinstance(kernel, tuple) else (kernel,) * 3
+        super().__init__(c_in, c_out, (kt, kh, kw), padding=(0, kh // 2, kw // 2))
+
+    def forward(self, x, cache=None):
+        past = self.kernel_size[0] - 1
+        if past:
+            before = None if cache is None else cache.get(self)
+            if before is None:
+                before = x.new_zeros(*x.shape[:2], past, *x.shape[3:])
+            x = torch.cat([before, x], dim=2)
+            if cache is not None:
+                cache[self] = x[:, :, -past:].clone()  # a copy: a view would keep all of x alive
+        return super().forward(x)
+
+
+class ChannelNorm(nn.Module):
+    """RMS norm over channels, with gain `gamma` (C, 1, 1[, 1])."""
+
+    def __init__(self, dim, spatial_dims=3):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim, *[1] * spatial_dims))
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-24) * self.gamma
+
+
+class ResidualBlock(nn.Module):
+    """norm, SiLU, conv, norm, SiLU, conv, plus the input. The empty slots keep Wan's key numbers."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.residual = nn.Sequential(ChannelNorm(c_in), nn.SiLU(), CausalConv3d(c_in, c_out, 3),
+                                      ChannelNorm(c_out), nn.SiLU(), nn.Identity(),
+                                      CausalConv3d(c_out, c_out, 3))
+        self.shortcut = CausalConv3d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, cache=None):
+        norm1, silu, conv1, norm2, _, _, conv2 = self.residual
+        h = conv1(silu(norm1(x)), cache)
+        return self.shortcut(x) + conv2(silu(norm2(h)), cache)
+
+
+class FrameAttention(nn.Module):
+    """Single-head self-attention inside each frame."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.norm = ChannelNorm(dim, spatial_dims=2)
+        self.to_qkv = nn.Conv2d(dim, dim * 3, 1)
+        self.proj = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x, cache=None):
+        B, C, T, H, W = x.shape
+        frames = x.transpose(1, 2).reshape(B * T, C, H, W)
+        q, k, v = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)
+        out = F.scaled_dot_product_attention(q, k, v)  # (B T, 1, H W, C)
+        out = self.proj(out.squeeze(1).transpose(1, 2).reshape(B * T, C, H, W))
+        return x + out.view(B, T, C, H, W).transpose(1, 2)
+
+
+class Resample(nn.Module):
+    """Halve or double height and width, and with `time` also the frames (the first frame stays single)."""
+
+    def __init__(self, dim, up, time):
+        super().__init__()
+        self.up = up
+        if up:
+            self.resample = nn.Sequential(nn.Upsample(scale_factor=2., mode='nearest-exact'),
+                                          nn.Conv2d(dim, dim // 2, 3, padding=1))
+            self.time_conv = CausalConv3d(dim, dim * 2, (3, 1, 1)) if time else None
+        else:
+            self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
+            self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if time else None
+
+    def double_time(self, x, cache):
+        """The clip's first frame passes as it is and is no past to those after it (Wan's 'Rep')."""
+        first = x[:, :, :0]
+        if cache is None or self not in cache:
+            first, x = x[:, :, :1], x[:, :, 1:]
+            if cache is not None:
+                cache[self] = True
+        if x.shape[2] == 0:
+            return first
+        B, C, T, H, W = x.shape
+        x = self.time_conv(x, cache).view(B, 2, C, T, H, W).permute(0, 2, 3, 1, 4, 5)  # (B, C, T, 2, H, W)
+        return torch.cat([first, x.reshape(B, C, 2 * T, H, W)], dim=2)
+
+    def halve_time(self, x, cache):
+        """The clip's first frame passes as it is; each later pair is merged with the frame before it."""
+        last = None if cache is None else cache.get(self)
+        if cache is not None:
+            cache[self] = x[:, :, -1:].clone()
+        if last is not None:
+            return self.time_conv(torch.cat([last, x], dim=2))
+        return torch.cat([x[:, :, :1], self.time_conv(x)], dim=2) if x.shape[2] > 1 else x
+
+    def forward(self, x, cache=None):
+        if self.up and self.time_conv is not None:
+            x = self.double_time(x, cache)
+        B, C, T, H, W = x.shape
+        x = self.resample(x.transpose(1, 2).reshape(B * T, C, H, W))
+        x = x.view(B, T, *x.shape[1:]).transpose(1, 2)
+        if not self.up and self.time_conv is not None:
+            x = self.halve_time(x, cache)
+        return x
+
+
+def middle_and_head(dim, head_in, head_out):
+    middle = nn.ModuleList([ResidualBlock(dim, dim), FrameAttention(dim), ResidualBlock(dim, dim)])
+    head = nn.ModuleList([ChannelNorm(head_in), nn.SiLU(), CausalConv3d(head_in, head_out, 3)])
+    return middle, head
+
+
+class Encoder(nn.Module):
+    """Video (B, 3, T, H, W) -> mean and log-variance (B, 2 z_dim, F, H/8, W/8)."""
+
+    def __init__(self, dim, z_dim, dim_mult, num_res_blocks, time_down):
+        super().__init__()
+        dims = [dim * m for m in [1] + dim_mult]
+        self.conv1 = CausalConv3d(3, dims[0], 3)
+        self.downsamples = nn.ModuleList()
+        for i, (c_in, c_out) in enumerate(zip(dims[:-1], dims[1:])):
+            for j in range(num_res_blocks):
+                self.downsamples.append(ResidualBlock(c_out if j else c_in, c_out))
+            if i < len(dim_mult) - 1:
+                self.downsamples.append(Resample(c_out, up=False, time=time_down[i]))
+        self.middle, self.head = middle_and_head(dims[-1], dims[-1], 2 * z_dim)
+
+    def forward(self, x, cache=None):
+        x = self.conv1(x, cache)
+        for layer in [*self.downsamples, *self.middle]:
+            x = layer(x, cache)
+        norm, silu, conv = self.head
+        return conv(silu(norm(x)), cache)
+
+
+class Decoder(nn.Module):
+    """Latents (B, z_dim, F, H/8, W/8) -> video (B, 3, T, H, W), not clamped."""
+
+    def __init__(self, dim, z_dim, dim_mult, num_res_blocks, time_up):
+        super().__init__()
+        dims = [dim * m for m in [dim_mult[-1]] + dim_mult[::-1]]
+        self.conv1 = CausalConv3d(z_dim, dims[0], 3)
+        self.upsamples = nn.ModuleList()
+        for i, (c_in, c_out) in enumerate(zip(dims[:-1], dims[1:])):
+            c_in = c_in // 2 if i else c_in  # the upsampler before it has halved the channels
+            for j in range(num_res_blocks + 1):
+                self.upsamples.append(ResidualBlock(c_out if j else c_in, c_out))
+            if i < len(dim_mult) - 1:
+                self.upsamples.append(Resample(c_out, up=True, time=time_up[i]))
+        self.middle, self.head = middle_and_head(dims[0], dims[-1], 3)
+
+    def forward(self, x, cache=None):
+        x = self.conv1(x, cache)
+        for layer in [*self.middle, *self.upsamples]:
+            x = layer(x, cache)
+        norm, silu, conv = self.head
+        return conv(silu(norm(x)), cache)
+
+
+# Per-channel statistics of Wan 2.1's latents (Wan2.1/wan/modules/vae.py); the model sees (mu - mean) / std.
+LATENT_MEAN = [-.7571, -.7089, -.9113, .1075, -.1745, .9653, -.1517, 1.5508,
+               .4134, -.0715, .5517, -.3632, -.1922, -.9497, .2503, -.2921]
+LATENT_STD = [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+              3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160]
+
+
+class WanVAE(nn.Module):
+    """Wan 2.1's video autoencoder. Video (B, 3, 1 + 4(F - 1), H, W) in [-1, 1] <-> latents (B, 16, F, H/8, W/8).
+
+    Encoding gives the posterior mean, normalised per channel; decoding clamps to [-1, 1].
+    """
+
+    def __init__(self, dim=96, z_dim=16, dim_mult=(1, 2, 4, 4), num_res_blocks=2,
+                 temporal_downsample=(False, True, True), latent_mean=LATENT_MEAN, latent_std=LATENT_STD):
+        super().__init__()
+        self.stride = (2 ** sum(temporal_downsample), *[2 ** (len(dim_mult) - 1)] * 2)  # frames, height, width
+        self.z_dim = z_dim
+        self.encoder = Encoder(dim, z_dim, list(dim_mult), num_res_blocks, temporal_downsample)
+        self.conv1 = CausalConv3d(2 * z_dim, 2 * z_dim, 1)
+        self.conv2 = CausalConv3d(z_dim, z_dim, 1)
+        self.decoder = Decoder(dim, z_dim, list(dim_mult), num_res_blocks, temporal_downsample[::-1])
+        self.register_buffer('mean', torch.tensor(latent_mean).view(1, -1, 1, 1, 1), persistent=False)
+        self.register_buffer('std', torch.tensor(latent_std).view(1, -1, 1, 1, 1), persistent=False)
+
+    def encode(self, video):
+        """Video (B, 3, 1 + 4k, H, W) in [-1, 1] -> normalised latents (B, z_dim, 1 + k, H/8, W/8), float32."""
+        st, sh, sw = self.stride
+        B, C, T, H, W = video.shape
+        if C != 3 or T % st != 1 or H % sh or W % sw:
+            raise ValueError(f'cannot encode a video of shape {tuple(video.shape)}: it must be (B, 3, T, H, W) '
+                             f'with T = 1 + {st}k frames, and height and width multiples of {sh}')
+        cache, dtype = {}, self.conv1.weight.dtype
+        parts = [self.encoder(v.to(dtype), cache) for v in video.split([1] + [st] * (T // st), dim=2)]
+        mu = self.conv1(torch.cat(parts, dim=2))[:, :self.z_dim]
+        return (mu.float() - self.mean) / self.std
+
+    def decode(self, latents, cache=None):
+        """Normalised latents (B, z_dim, F, h, w) -> video (B, 3, T, 8h, 8w) in [-1, 1], float32.
+
+        Without a cache (or with an empty dict) the first latent frame gives one video frame and each later one
+        four; with the dict of an earlier call every latent frame gives four, and decoding goes on seamlessly.
+        """
+        if latents.ndim != 5 or latents.shape[1] != self.z_dim:
+            raise ValueError(f'cannot decode latents of shape {tuple(latents.shape)}: '
+                             f'expected (B, {self.z_dim}, F, H/8, W/8)')
+        cache = {} if cache is None else cache
+        z = self.conv2((latents * self.std + self.mean).to(self.conv2.weight.dtype))
+        video = [self.decoder(frame, cache) for frame in z.split(1, dim=2)]  # one at a time: least memory
+        return torch.cat(video, dim=2).float().clamp(-1, 1)
+
+    def decode_last(self, latents):
+        """Video frames of the last latent frame only: (B, z_dim, F, h, w) -> (B, 3, 4 or 1, 8h, 8w).
+
+        Only these frames carry gradient, and only to the last latent frame: what the decoder remembers of the
+        earlier ones is computed without a graph, so memory does not grow with the length of the clip.
+        """
+        cache = {}
+        if latents.shape[2] > 1:
+            with torch.no_grad():
+                self.decode(latents[:, :, :-1], cache)
+        return self.decode(latents[:, :, -1:], cache)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Text
+
+# Wan's negative prompt, used by every public repository of this family when none is given.
+NEGATIVE_PROMPT = ('色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，'
+                   'JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，'
+                   '手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走')
+
+
+def clean_text(text):
+    """Undo HTML escapes (twice, as Wan does) and collapse white space. Differs from Wan: no mojibake repair."""
+    return re.sub(r'\s+', ' ', html.unescape(html.unescape(text))).strip()
+
+
+class TextEncoder:
+    """UMT5 encoder and tokenizer: prompts -> (B, text_len, text_dim), rows past each prompt's length zero."""
+
+    def __init__(self, encoder, tokenizer):
+        self.encoder, self.tokenizer = encoder.eval().requires_grad_(False), tokenizer
+        self.text_len = min(512, tokenizer.model_max_length)
+        self.dim = encoder.config.d_model
+
+    @torch.no_grad()
+    def __call__(self, prompts):
+        """list of str -> (B, text_len, text_dim) in the encoder's dtype, on its device."""
+        tokens = self.tokenizer([clean_text(p) for p in prompts], padding='max_length', max_length=self.text_len,
+                                truncation=True, add_special_tokens=True, return_tensors='pt').to(self.encoder.device)
+        out = self.encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+        return out * tokens.attention_mask.unsqueeze(-1).to(out.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Sampling: the few-step rollout and the teacher's ODE
+
+@dataclasses.dataclass
+class Chunk:
+    """One chunk of a rollout; latents (B, C, f, H, W)."""
+    start: int  # its first latent frame
+    x0: torch.Tensor  # the clean endpoint
+    states: list  # with record=True: the noisy state at each step that was run
+    endpoints: list  # with record=True: the x0 predicted from each of them, without graph
+
+
+def rollout(model, noise, context, steps, chunks, *, window=None, sink=0, init=None, cache=None, exit_step=None,
+            grad_from=0, record=False, generator=None):
+    """Generate a video chunk by chunk with the KV cache, and yield each `Chunk` as soon as it exists.
+
+    Each chunk is denoised by the consistency sampler (CausVid, Self Forcing alg. 1): from x_t predict x0, and
+    re-noise it with fresh noise to the next of `steps`. The last prediction is the endpoint. One more forward of the
+    endpoint at t = 0 leaves the chunk's clean keys and values in the cache; the last chunk needs none.
+
+    model      the DiT (or its DDP wrapper).
+    noise      (B, C, F, H, W): the pure noise that the F new latent frames start from.
+    context    (B, L', text_dim).
+    steps      the timesteps that the network sees, falling from 1000, see `warped_steps`.
+    chunks     sizes of the chunks, summing to F; [F] with a bidirectional model is its few-step sampling.
+    window, sink  latent frames a frame may see, and how many of them are the video's first; None: all.
+    init       (B, C, F', H, W) clean latents that are already there; the rollout goes on after them.
+    cache      a KVCache to use again instead of allocating one; it is reset.
+    exit_step  index of the step at which every chunk stops; its prediction is the endpoint and carries gradient (if
+               gradients are enabled). None: all steps, no gradient.
+    grad_from  chunks that start before this latent frame carry no gradient.
+    record     keep the noisy states and predictions.
+    generator  of the re-noising noise: None, a torch.Generator, or one for each sample.
+    """
+    net = getattr(model, 'module', model)
+    B, C, F_, H, W = noise.shape
+    begin = 0 if init is None else init.shape[2]
+    if sum(chunks) != F_:
+        raise ValueError(f'chunks {list(chunks)} do not sum to the {F_} latent frames of noise {tuple(noise.shape)}')
+    if exit_step is not None and not 0 <= exit_step < len(steps):
+        raise ValueError(f'exit_step {exit_step} is not the index of one of {len(steps)} steps')
+    if cache is not None:
+        cache.reset()
+    elif len(chunks) > 1 or begin:
+        cache = KVCache(net.config, B, min(window or begin + F_, begin + F_), H * W // 4, sink, window is not None,
+                        net.patch_embedding.weight.dtype, noise.device)
+
+    def forward(x, t, start):
+        return model(x, torch.full((B,), float(t), device=x.device), context, cache=cache, start=start)
+
+    if begin:
+        start = 0
+        for n in chunk_sizes(begin, max(chunks)):
+            with torch.no_grad():
+                forward(init[:, :, start:start + n], 0, start)
+            start += n
+    start = begin
+    for i, n in enumerate(chunks):
+        x, chunk = noise[:, :, start - begin:start - begin + n], Chunk(start, None, [], [])
+        for k, t in enumerate(steps):
+            carries = k == exit_step and start >= grad_from and torch.is_grad_enabled()
+            with torch.set_grad_enabled(carries):
+                x0 = x0_from_v(x, forward(x, t, start), t)
+            if record:
+                chunk.states.append(x)
+                chunk.endpoints.append(x0.detach())
+            if k == exit_step or k == len(steps) - 1:
+                break
+            x = add_noise(x0, gaussian(x0.shape, generator, x0.device), steps[k + 1])
+        chunk.x0 = x0
+        yield chunk
+        start += n
+        if i < len(chunks) - 1:
+            with torch.no_grad():
+                forward(x0.detach(), 0, start - n)
+
+
+def sigma_schedule(steps=50, shift=5.0):
+    """Noise levels of the multi-step sampler, high to low, ending in 0: (steps + 1,) float64.
+
+    As Wan's FlowUniPC: linspace(0.999, 0) without its end, shifted.
+    """
+    return torch.cat([shift_sigma(torch.linspace(0.999, 0, steps + 1, dtype=torch.float64)[:-1], shift),
+                      torch.zeros(1, dtype=torch.float64)])
+
+
+def guided_velocity(model, x, t, context, negative, guidance, **kwargs):
+    """Classifier-free guidance: v_uncond + guidance (v_cond - v_uncond); t a number."""
+    t = torch.full((x.shape[0],), float(t), device=x.device)
+    v = model(x, t, context, **kwargs)
+    if guidance == 1:
+        return v
+    v_uncond = model(x, t, negative, **kwargs)
+    return v_uncond + guidance * (v - v_uncond)
+
+
+@torch.no_grad()
+def ode_trajectory(model, noise, context, negative, sigmas, guidance=5.0, solver='unipc'):
+    """Solve the probability-flow ODE from noise; yield x at each sigma, the last one clean.
+
+    noise (B, C, F, H, W); context, negative (B, L', text_dim); sigmas (n + 1,), falling, see `sigma_schedule`.
+    solver: 'euler', or 'unipc' (order 2, B2(h), data prediction, as Wan uses it; there t is rounded down to a whole
+    number, as Wan does).
+    """
+    step = {'euler': euler_step, 'unipc': UniPC().step}[solver]
+    sigmas, x = [float(s) for s in sigmas], noise
+    for i, sigma in enumerate(sigmas[:-1]):
+        t = int(1000 * sigma) if solver == 'unipc' else 1000 * sigma
+        v = guided_velocity(model, x, t, context, negative, guidance)
+        yield x
+        x = step(x, v, sigmas, i)
+    yield x
+
+
+def euler_step(x, v, sigmas, i):
+    """x at sigmas[i] -> x at sigmas[i + 1]."""
+    return x + (sigmas[i + 1] - sigmas[i]) * v
+
+
+class UniPC:
+    """UniPC of order 2 (arXiv 2302.04867, algorithm 1-2 with B2(h) = e^h - 1) for flow models.
+
+    With alpha = 1 - sigma and lambda = log(alpha / sigma), one call corrects x with the model output at it, then
+    predicts the next x. m are x0 predictions.
+    """
+
+    def __init__(self):
+        self.m, self.x, self.order = [], None, 0  # the last two outputs; the last corrected x; order of its predictor
+
+    @staticmethod
+    def log_snr(sigma):
+        if sigma == 0:
+            return math.inf
+        return math.log1p(-sigma) - math.log(sigma) if sigma < 1 else -math.inf
+
+    def step(self, x, v, sigmas, i):
+        lam = [self.log_snr(s) for s in sigmas]
+        m = x - sigmas[i] * v
+        if i > 0:  # corrector, from i - 1 to i, which now knows m at i
+            h = lam[i] - lam[i - 1]
+            if self.order == 1:
+                D = 0.5 * (m - self.m[-1])
+            else:
+                r = (lam[i - 2] - lam[i - 1]) / h
+                b1 = math.expm1(-h) / -h - 1  # phi_2-like terms of eq. 9, divided by B below
+                b2 = b1 / -h - 0.5
+                b1, b2 = b1 / math.expm1(-h), 2 * b2 / math.expm1(-h)
+                rho1 = (b1 - b2) / (1 - r)  # solves rho1 + rho2 = b1, r rho1 + rho2 = b2
+                D = rho1 * (self.m[-2] - self.m[-1]) / r + (b1 - rho1) * (m - self.m[-1])
+            x = self.update(self.x, self.m[-1], D, sigmas[i - 1], sigmas[i], h)
+        self.m, self.x = [*self.m[-1:], m], x
+        self.order = min(2, i + 1, len(sigmas) - 1 - i)  # lower order at both ends
+        h, D = lam[i + 1] - lam[i], 0
+        if self.order == 2:
+            D = 0.5 * (self.m[-2] - m) / ((lam[i - 1] - lam[i]) / h)
+        return self.update(x, m, D, sigmas[i], sigmas[i + 1], h)
+
+    @staticmethod
+    def update(x, m, D, sigma, sigma_next, h):
+        """x' = sigma'/sigma x - alpha' (e^-h - 1)(m + D)."""
+        return sigma_next / sigma * x - (1 - sigma_next) * math.expm1(-h) * (m + D)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# ImageReward on transformers' BLIP modules; keys as in ImageReward.pt
+
+REWARD_SIZES = dict(image_size=224, patch_size=16, vision_dim=1024, vision_layers=24, vision_heads=16, text_dim=768,
+                    text_layers=12, text_heads=12, text_ffn=3072, vocab_size=30524)
+CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
+
+
+class ImageReward(nn.Module):
+    """ImageReward (arXiv 2304.05977): BLIP's image encoder, BERT with cross-attention to it, and a linear head.
+
+    sizes: see REWARD_SIZES; `mean` and `std` standardise the head's output (defaults: ImageReward v1.0's).
+    The published scores are standardised so too: about 0 is average, and most images lie between -2 and 2.
+    """
+
+    def __init__(self, tokenizer=None, mean=0.16717362830052426, std=1.0333394966054072, **sizes):
+        from transformers import BlipVisionConfig, BlipVisionModel
+        from transformers.models.blip.configuration_blip import BlipTextConfig
+        from transformers.models.blip.modeling_blip_text import BlipTextModel
+        super().__init__()
+        s = {**REWARD_SIZES, **sizes}
+        self.image_size, self.mean, self.std, self.tokenizer = s['image_size'], mean, std, tokenizer
+        self.vision = BlipVisionModel(BlipVisionConfig(
+            hidden_size=s['vision_dim'], intermediate_size=4 * s['vision_dim'], num_hidden_layers=s['vision_layers'],
+            num_attention_heads=s['vision_heads'], image_size=s['image_size'], patch_size=s['patch_size'],
+            hidden_act='gelu', layer_norm_eps=1e-6))
+        self.text = BlipTextModel(BlipTextConfig(
+            vocab_size=s['vocab_size'], hidden_size=s['text_dim'], encoder_hidden_size=s['vision_dim'],
+            intermediate_size=s['text_ffn'], num_hidden_layers=s['text_layers'],
+            num_attention_heads=s['text_heads'], max_position_embeddings=512, layer_norm_eps=1e-12,
+            is_decoder=True), add_pooling_layer=False)  # is_decoder only builds the cross-attention
+        widths = [s['text_dim'], 1024, 128, 64, 16, 1]
+        linears = [nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:])]
+        # no activation between them; the dropouts (0.2, 0.2, 0.1) hold the published key numbers
+        self.mlp = nn.Sequential(linears[0], nn.Dropout(0.2), linears[1], nn.Dropout(0.2), linears[2],
+                                 nn.Dropout(0.1), linears[3], linears[4])
+
+    def forward(self, images, ids, mask):
+        """Normalised images (B, 3, S, S), token ids and mask (B, 35) -> standardised rewards (B,)."""
+        seen = self.vision(images).last_hidden_state  # (B, 1 + patches, C)
+        words = self.text(input_ids=ids, attention_mask=mask, encoder_hidden_states=seen,
+                          is_decoder=False).last_hidden_state
+        return (self.mlp(words[:, 0].float()).squeeze(-1) - self.mean) / self.std
+
+    def preprocess(self, images):
+        """(B, 3, H, W) in [-1, 1] -> (B, 3, S, S): antialiased bicubic resize of the shorter side, centre crop,
+        CLIP's normalisation. Antialiasing is what PIL does, and so what agrees with the published scores."""
+        S, (H, W) = self.image_size, images.shape[-2:]
+        size = (S, int(S * W / H)) if H <= W else (int(S * H / W), S)
+        x = (images / 2 + 0.5).clamp(0, 1)
+        if size != (H, W):
+            x = F.interpolate(x, size, mode='bicubic', antialias=True, align_corners=False).clamp(0, 1)
+        top, left = round((size[0] - S) / 2), round((size[1] - S) / 2)
+        mean, std = (torch.tensor(c, device=x.device).view(1, 3, 1, 1) for c in (CLIP_MEAN, CLIP_STD))
+        return (x[:, :, top:top + S, left:left + S] - mean) / std
+
+    def score(self, images, prompts):
+        """images (B, 3, H, W) in [-1, 1], B prompts -> rewards (B,); differentiable in the images."""
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[0] != len(prompts):
+            raise ValueError(f'images {tuple(images.shape)} must be (B, 3, H, W) with one prompt each, '
+                             f'got {len(prompts)} prompts')
+        words = self.tokenizer(list(prompts), padding='max_length', truncation=True, max_length=35,
+                               return_tensors='pt').to(images.device)
+        return self(self.preprocess(images), words.input_ids, words.attention_mask)
+
+    @staticmethod
+    def published_key(key):
+        """Our parameter name -> the name in ImageReward.pt."""
+        key = rename(key, [('vision.embeddings.class_embedding', 'blip.visual_encoder.cls_token'),
+                           ('vision.embeddings.position_embedding', 'blip.visual_encoder.pos_embed'),
+                           ('vision.embeddings.patch_embedding.', 'blip.visual_encoder.patch_embed.proj.'),
+                           ('vision.post_layernorm.', 'blip.visual_encoder.norm.'),
+                           ('vision.encoder.layers.', 'blip.visual_encoder.blocks.'),
+                           ('text.', 'blip.text_encoder.'), ('mlp.', 'mlp.layers.')])
+        if key.startswith('blip.visual_encoder.blocks.'):
+            key = rename(key, [('.layer_norm1.', '.norm1.'), ('.layer_norm2.', '.norm2.'),
+                               ('.self_attn.qkv.', '.attn.qkv.'), ('.self_attn.projection.', '.attn.proj.')])
+        return key
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Loading: model folders and hub repositories in both public layouts, and every generator checkpoint in the wild
+
+def rename(key, pairs):
+    """Replace key pieces. A piece that starts with a dot is replaced anywhere, any other only at the front."""
+    for old, new in pairs:
+        if old.startswith('.'):
+            key = key.replace(old, new)
+        elif key.startswith(old):
+            key = new + key[len(old):]
+    return key
+
+
+def dit_diffusers_key(key):
+    """Wan's DiT key -> the name in diffusers' WanTransformer3DModel."""
+    return rename(key, [('time_embedding.0.', 'condition_embedder.time_embedder.linear_1.'),
+                        ('time_embedding.2.', 'condition_embedder.time_embedder.linear_2.'),
+                        ('text_embedding.0.', 'condition_embedder.text_embedder.linear_1.'),
+                        ('text_embedding.2.', 'condition_embedder.text_embedder.linear_2.'),
+                        ('time_projection.1.', 'condition_embedder.time_proj.'),
+                        ('head.head.', 'proj_out.'), ('head.modulation', 'scale_shift_table'),
+                        ('.modulation', '.scale_shift_table'), ('.self_attn.', '.attn1.'), ('.cross_attn.', '.attn2.'),
+                        ('.q.', '.to_q.'), ('.k.', '.to_k.'), ('.v.', '.to_v.'), ('.o.', '.to_out.0.'),
+                        ('.norm3.', '.norm2.'), ('.ffn.0.', '.ffn.net.0.proj.'), ('.ffn.2.', '.ffn.net.2.')])
+
+
+def vae_diffusers_key(key, num_res_blocks):
+    """Wan2.1_VAE.pth's key -> the name in diffusers' AutoencoderKLWan."""
+    def up(match):  # each level: num_res_blocks + 1 residual blocks, then the upsampler
+        level, j = divmod(int(match[1]), num_res_blocks + 2)
+        return f'decoder.up_blocks.{level}.' + (f'resnets.{j}.' if j <= num_res_blocks else 'upsamplers.0.')
+    key = re.sub(r'^decoder\.upsamples\.(\d+)\.', up, key)
+    key = rename(key, [('conv1.', 'quant_conv.'), ('conv2.', 'post_quant_conv.'),
+                       ('encoder.conv1.', 'encoder.conv_in.'), ('decoder.conv1.', 'decoder.conv_in.'),
+                       ('encoder.downsamples.', 'encoder.down_blocks.')])
+    return rename(key, [('.head.0.', '.norm_out.'), ('.head.2.', '.conv_out.'), ('.shortcut.', '.conv_shortcut.'),
+                        ('.middle.0.', '.mid_block.resnets.0.'), ('.middle.1.', '.mid_block.attentions.0.'),
+                        ('.middle.2.', '.mid_block.resnets.1.'), ('.residual.0.', '.norm1.'),
+                        ('.residual.2.', '.conv1.'), ('.residual.3.', '.norm2.'), ('.residual.6.', '.conv2.')])
+
+
+def t5_key(key):
+    """models_t5_umt5-xxl-enc-bf16.pth's key -> the name in transformers' UMT5EncoderModel."""
+    return rename(key, [('token_embedding.', 'shared.'), ('norm.', 'encoder.final_layer_norm.'),
+                        ('blocks.', 'encoder.block.'), ('.norm1.', '.layer.0.layer_norm.'),
+                        ('.norm2.', '.layer.1.layer_norm.'), ('.attn.', '.layer.0.SelfAttention.'),
+                        ('.pos_embedding.embedding.', '.layer.0.SelfAttention.relative_attention_bias.'),
+                        ('.ffn.gate.0.', '.layer.1.DenseReluDense.wi_0.'),
+                        ('.ffn.fc1.', '.layer.1.DenseReluDense.wi_1.'), ('.ffn.fc2.', '.layer.1.DenseReluDense.wo.')])
+
+
+def read_weights(path):
+    """A .safetensors file, or a pickle that holds only tensors -> (contents, metadata)."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f'no file {path}: check the path')
+    try:
+        if path.suffix == '.safetensors':
+            from safetensors import safe_open
+            with safe_open(path, 'pt') as file:
+                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+        import zipfile
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path)), {}
+    except Exception as error:
+        reason = 'it is damaged, truncated or not a weight file'
+        if 'Unsupported global' in str(error):  # weights_only has refused a class or function
+            reason = 'it holds objects other than tensors, which could run code'
+        raise InputError(f'cannot read {path}: {reason}; download it again or convert it to safetensors') from error
+
+
+def read_folder(folder, stem='diffusion_pytorch_model'):
+    """All tensors of a folder's safetensors, sharded (with its index) or not."""
+    folder = Path(folder)
+    index = folder / f'{stem}.safetensors.index.json'
+    files = [folder / f'{stem}.safetensors']
+    if index.exists():
+        files = [folder / name for name in sorted(set(read_json(index)['weight_map'].values()))]
+    return {key: tensor for file in files for key, tensor in read_weights(file)[0].items()}
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f'cannot read {path} as JSON: {error}') from error
+
+
+def find_folder(name, patterns=None):
+    """--model: a folder, or a hub repository (owner/name), whose files that match `patterns` are downloaded."""
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.exists() or not re.fullmatch(r'[\w.-]+/[\w.-]+', str(name)) or path.parent.is_dir():
+        raise InputError(f'no model folder {name}: give a folder, or a hub repository such as '
+                         'Wan-AI/Wan2.1-T2V-1.3B')
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=patterns))
+    except Exception as error:
+        raise InputError(f'{name} is no folder here, and the hub did not give it ({type(error).__name__}: '
+                         f'{str(error).splitlines()[0] if str(error) else "no reason"})') from error
+
+
+def find_file(name):
+    """--checkpoint: a file, or repository:path on the hub."""
+    path = Path(name)
+    if path.exists() or ':' not in str(name):
+        if not path.is_file():
+            raise InputError(f'no checkpoint file {name}: give a file, or repository:path on the hub')
+        return path
+    from huggingface_hub import hf_hub_download
+    repository, file = str(name).split(':', 1)
+    try:
+        return Path(hf_hub_download(repository, file))
+    except Exception as error:
+        raise InputError(f'{name} is no file here, and the hub did not give it ({type(error).__name__}: '
+                         f'{str(error).splitlines()[0] if str(error) else "no reason"})') from error
+
+
+def load_exactly(model, state, source):
+    """Load a state dict whose keys and shapes must all fit; otherwise an exact account of what does not."""
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    missing = [key for key in expected if key not in state]
+    extra = [key for key in state if key not in expected]
+    shapes = [f'{key} {tuple(state[key].shape)} instead of {expected[key]}' for key in expected
+              if key in state and tuple(state[key].shape) != expected[key]]
+    if missing or extra or shapes:
+        parts = [f'{len(keys)} {what} ({", ".join(keys[:3])}{", ..." if len(keys) > 3 else ""})' for what, keys in
+                 (('missing', missing), ('unexpected', extra), ('of another shape', shapes)) if keys]
+        raise InputError(f'{source} does not fit this model: of {len(expected)} tensors, ' + '; '.join(parts))
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def is_diffusers(folder):
+    return (folder / 'model_index.json').exists()
+
+
+def load_config(folder):
+    """The DiT's sizes, from either layout's config.json."""
+    folder = Path(folder)
+    if not is_diffusers(folder):
+        raw = read_json(folder / 'config.json')
+        if raw.get('model_type', 't2v') != 't2v':
+            raise InputError(f'{folder} is a {raw["model_type"]} model: only text-to-video (t2v) models are supported')
+        known = {f.name for f in dataclasses.fields(WanConfig)}
+        return WanConfig(**{key: value for key, value in raw.items() if key in known})
+    raw = read_json(folder / 'transformer/config.json')
+    if raw.get('image_dim') or raw.get('added_kv_proj_dim'):
+        raise InputError(f'{folder} is an image-to-video model: only text-to-video models are supported')
+    return WanConfig(dim=raw['num_attention_heads'] * raw['attention_head_dim'], ffn_dim=raw['ffn_dim'],
+                     num_heads=raw['num_attention_heads'], num_layers=raw['num_layers'], freq_dim=raw['freq_dim'],
+                     text_dim=raw['text_dim'], in_dim=raw['in_channels'], out_dim=raw['out_channels'],
+                     patch_size=raw['patch_size'], eps=raw['eps'])
+
+
+def load_dit(name, dtype=torch.float32, device='cpu'):
+    """The DiT of a model folder or hub repository."""
+    folder = find_folder(name, ['*.json', 'diffusion_pytorch_model*', 'transformer/*'])
+    with torch.device('meta'):
+        model = WanModel(load_config(folder))
+    state = read_folder(folder / 'transformer' if is_diffusers(folder) else folder)
+    return load_exactly(model, native_keys(state, model.state_dict()), folder).to(device, dtype)
+
+
+def load_vae(name, dtype=torch.float32, device='cpu'):
+    """The VAE of a model folder or hub repository; sizes as the weights say."""
+    folder = find_folder(name, ['*.json', 'Wan2.1_VAE.pth', 'vae/*'])
+    statistics = {}
+    if is_diffusers(folder):
+        raw = read_json(folder / 'vae/config.json')
+        if raw.get('is_residual') or raw.get('patch_size'):
+            raise InputError(f'{folder}/vae has the Wan 2.2 layout: only the Wan 2.1 VAE is supported')
+        sizes = dict(dim=raw['base_dim'], z_dim=raw['z_dim'], dim_mult=raw['dim_mult'],
+                     num_res_blocks=raw['num_res_blocks'], temporal_downsample=raw['temperal_downsample'])
+        statistics = dict(latent_mean=raw['latents_mean'], latent_std=raw['latents_std'])
+        state = read_folder(folder / 'vae')
+    else:
+        state = read_weights(folder / 'Wan2.1_VAE.pth')[0]
+        sizes = vae_sizes(state, folder / 'Wan2.1_VAE.pth')
+    vae = WanVAE(**sizes, **statistics)
+    if is_diffusers(folder):
+        names = {vae_diffusers_key(key, sizes['num_res_blocks']): key for key in vae.state_dict()}
+        state = {names.get(key, key): value for key, value in state.items()}
+    return load_exactly(vae, state, folder).to(device, dtype).eval().requires_grad_(False)
+
+
+def vae_sizes(state, source):
+    """Read a VAE's sizes off its weights under Wan's own keys."""
+    try:
+        n = min(int(key.split('.')[2]) for key in state if key.endswith('.resample.1.weight') and 'encoder' in key)
+        dim, levels = state['encoder.conv1.weight'].shape[0], range(0, 99, n + 1)
+        last = [f'encoder.downsamples.{i}.residual.6.weight' for i in levels]
+        return dict(dim=dim, z_dim=state['conv2.weight'].shape[0], num_res_blocks=n,
+                    dim_mult=[state[key].shape[0] // dim for key in last if key in state],
+                    temporal_downsample=[f'encoder.downsamples.{i + n}.time_conv.weight' in state for i in levels
+                                         if f'encoder.downsamples.{i + n}.resample.1.weight' in state])
+    except (KeyError, ValueError, AttributeError) as error:
+        raise InputError(f'{source} is not a Wan 2.1 VAE: its keys are not those of Wan2.1_VAE.pth') from error
+
+
+def load_text_encoder(name, dtype=torch.float32, device='cpu'):
+    """The UMT5 encoder and tokenizer of a model folder or hub repository, as a `TextEncoder`."""
+    from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+    file = 'models_t5_umt5-xxl-enc-bf16.pth'
+    folder = find_folder(name, ['*.json', file, 'google/umt5-xxl/*', 'text_encoder/*', 'tokenizer/*'])
+    try:
+        if is_diffusers(folder):
+            encoder = UMT5EncoderModel.from_pretrained(folder / 'text_encoder', dtype=dtype)
+            return TextEncoder(encoder.to(device), AutoTokenizer.from_pretrained(folder / 'tokenizer'))
+        tokenizer = AutoTokenizer.from_pretrained(folder / 'google/umt5-xxl')
+    except (OSError, ValueError) as error:
+        raise InputError(f'cannot load the text encoder of {folder}: {str(error).splitlines()[0]}') from error
+    state = {t5_key(key): value for key, value in read_weights(folder / file)[0].items()}
+    attention = 'encoder.block.0.layer.0.SelfAttention.'
+    (vocab, d_model), heads = state['shared.weight'].shape, state[attention + 'relative_attention_bias.weight'].shape[1]
+    with torch.device('meta'):
+        encoder = UMT5EncoderModel(UMT5Config(
+            vocab_size=vocab, d_model=d_model, d_kv=state[attention + 'q.weight'].shape[0] // heads, num_heads=heads,
+            d_ff=state['encoder.block.0.layer.1.DenseReluDense.wi_0.weight'].shape[0],
+            num_layers=1 + max(int(key.split('.')[2]) for key in state if '.block.' in key),
+            relative_attention_num_buckets=state[attention + 'relative_attention_bias.weight'].shape[0],
+            relative_attention_max_distance=128, feed_forward_proj='gated-gelu', layer_norm_epsilon=1e-6))
+    state['encoder.embed_tokens.weight'] = state['shared.weight']  # tied
+    return TextEncoder(load_exactly(encoder, state, folder / file).to(device, dtype), tokenizer)
+
+
+def load_image_reward(name, device='cpu'):
+    """ImageReward from a folder or hub repository: ImageReward.pt (the published sizes), or ImageReward.safetensors
+    with its sizes as JSON under `config` in the metadata. Words: a tokenizer/ beside it, else bert-base-uncased."""
+    from transformers import AutoTokenizer
+    folder = find_folder(name, ['ImageReward.*', 'med_config.json', 'tokenizer/*'])
+    file = next((folder / f for f in ('ImageReward.safetensors', 'ImageReward.pt') if (folder / f).exists()), None)
+    if file is None:
+        raise InputError(f'{folder} holds neither ImageReward.pt nor ImageReward.safetensors')
+    state, metadata = read_weights(file)
+    tokenizer = folder / 'tokenizer' if (folder / 'tokenizer').is_dir() else 'bert-base-uncased'
+    model = ImageReward(AutoTokenizer.from_pretrained(tokenizer), **json.loads(metadata.get('config', '{}')))
+    names = {ImageReward.published_key(key): key for key in model.state_dict()}
+    unused = ('blip.vision_proj.', 'blip.text_proj.', 'blip.text_encoder.embeddings.position_ids')
+    state = {names.get(key, key): value.float() for key, value in state.items() if not key.startswith(unused)}
+    return load_exactly(model, state, file).to(device).eval().requires_grad_(False)
+
+
+def native_keys(state, expected):
+    """A DiT state dict under any public naming -> Wan's own keys, LoRA pairs kept.
+
+    expected: the model's own state dict (for the diffusers names).
+    """
+    names = {dit_diffusers_key(key): key for key in expected}
+    diffusers = any('condition_embedder.' in key for key in state)
+    out = {}
+    for key, value in state.items():
+        for wrapper in ('_fsdp_wrapped_module.', '_checkpoint_wrapped_module.', '_orig_mod.', '.base_layer'):
+            key = key.replace(wrapper, '')
+        key = key.replace('.default.weight', '.weight')
+        prefixes = ('base_model.model.', 'model.diffusion_model.', 'model.', 'net.', 'module.')
+        while any(key.startswith(prefix) for prefix in prefixes):
+            key = key.removeprefix(next(prefix for prefix in prefixes if key.startswith(prefix)))
+        if key == 'freqs' or key.startswith('accum_') or \
+                any(head in key for head in ('_cls_pred_branch.', '_register_tokens', '_gan_ca_blocks.')):
+            continue  # a RoPE table, counters, a critic's head
+        if diffusers:
+            module, lora, side = key.partition('.lora_')
+            key = (names.get(module + '.weight', module).removesuffix('.weight') + lora + side) if lora \
+                else names.get(key, key)
+        if key == 'patch_embedding.weight' and value.ndim == 2:  # stored as a linear layer
+            value = value.view(expected[key].shape)
+        out[key] = value
+    return out
+
+
+def fold_lora(state, base, scale=1.0):
+    """W += scale B A for each pair <module>.lora_A.weight (r, in), <module>.lora_B.weight (out, r) in `state`.
+
+    Weights that `state` lacks (an adapter without its model) are taken from `base`.
+    """
+    pairs = [key.removesuffix('.lora_A.weight') for key in state if key.endswith('.lora_A.weight')]
+    full = {**base, **{key: value for key, value in state.items() if '.lora_' not in key}}
+    for module in pairs:
+        A, B = state[f'{module}.lora_A.weight'], state.get(f'{module}.lora_B.weight')
+        weight = full.get(f'{module}.weight')
+        if B is None or weight is None or (B.shape[0], A.shape[1]) != tuple(weight.flatten(1).shape):
+            raise InputError(f'the LoRA of {module} does not fit this model')
+        full[f'{module}.weight'] = (weight.float() + scale * (B.float() @ A.float()).view(weight.shape)).to(weight.dtype)
+    return full
+
+
+def load_checkpoint(model, name, ema=True):
+    """Load generator weights into a DiT from any layout of the field; return the file's metadata (a dict of str).
+
+    Accepted: flat or under generator_ema / generator / model / state_dict (the EMA is preferred, `ema=False` takes
+    the other if it is there); FSDP, DDP, compile and PEFT prefixes; Wan's or diffusers' names; LoRA adapters, alone
+    (folded into the weights that the model has) or beside their base weights.
+    """
+    path = find_file(name)
+    state, metadata = read_weights(path)
+    wrappers = ['generator_ema', 'generator', 'generator_lora', 'model', 'state_dict']
+    wrappers = wrappers if ema else wrappers[1:] + wrappers[:1]
+    state = next((state[w] for w in wrappers if isinstance(state, dict) and isinstance(state.get(w), dict)), state)
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise InputError(f'{path} holds no state dict: expected tensors, or one of {", ".join(wrappers)}')
+    for what, sign in (('an ImageReward model', 'blip.'), ('a VAE', 'encoder.downsamples.'),
+                       ('a VAE', 'encoder.down_blocks.'), ('a text encoder', 'token_embedding.'),
+                       ('a text encoder', 'encoder.block.'), ('ODE trajectories', 'trajectory')):
+        if any(key.startswith(sign) for key in state):
+            raise InputError(f'{path} is {what}, not generator weights')
+    state = native_keys(state, model.state_dict())
+    if any('.lora_' in key for key in state):
+        rank = next(v.shape[0] for k, v in state.items() if k.endswith('.lora_A.weight'))
+        state = fold_lora(state, model.state_dict(), float(metadata.get('lora_alpha', rank)) / rank)
+    old = model.patch_embedding.weight
+    load_exactly(model, state, path).to(old.device, old.dtype)
+    return metadata
+
+
+def save_checkpoint(path, state, **metadata):
+    """Write tensors to a safetensors file, whole or not at all: under a temporary name, then renamed.
+
+    metadata: stage, kind ('causal' or 'bidirectional'), timesteps, shift, chunk, config, ...; a WanConfig or a list
+    becomes JSON. Read back by `load_checkpoint` and checked by `require`.
+    """
+    from safetensors.torch import save_file
+    path = Path(path)
+    text = {key: json.dumps(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value)
+            if not isinstance(value, str) else value for key, value in metadata.items()}
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, temporary, metadata=text)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f'cannot write {path}: {error.strerror or error}') from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def require(metadata, path, **wanted):
+    """Refuse a checkpoint of the wrong kind: require(metadata, path, kind='causal'). Files of other projects carry no
+    metadata and are taken at their word."""
+    for key, value in wanted.items():
+        if key in metadata and metadata[key] != value:
+            raise InputError(f'{path} was written by stage {metadata.get("stage", "unknown")} with {key} = '
+                             f'{metadata[key]}, but {key} = {value} is needed here')
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Processes, seeds and errors, the same for every script
+
+@dataclasses.dataclass
+class Process:
+    """This process among those that torchrun started; alone it is rank 0 of 1."""
+    rank: int
+    world: int
+    device: torch.device
+
+    def print(self, *args):
+        """Print on rank 0."""
+        if self.rank == 0:
+            print(*args, flush=True)
+
+    def wrap(self, model):
+        """DistributedDataParallel when there are several processes, else the model itself."""
+        if self.world == 1:
+            return model
+        devices = [self.device.index] if self.device.type == 'cuda' else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=devices)
+
+    def barrier(self):
+        if self.world > 1:
+            torch.distributed.barrier()
+
+
+@contextlib.contextmanager
+def processes(device=None):
+    """`with processes() as process:` joins torchrun's process group (NCCL on CUDA, gloo on CPU) and leaves it.
+
+    device: 'cpu', 'cuda', 'cuda:1', ...; None takes this rank's GPU if there is one.
+
+    Seeding rule of every script: what steers the loop (exit step, prompt order) is drawn from a generator seeded
+    alike on all ranks; noise from one seeded by its sample's global index, so that neither the number of ranks nor
+    the batch size changes the result.
+    """
+    world, rank, local = (int(os.environ.get(key, default)) for key, default in
+                          (('WORLD_SIZE', 1), ('RANK', 0), ('LOCAL_RANK', 0)))
+    try:
+        device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    except RuntimeError as error:
+        raise InputError(f'unknown device {device!r}: use cpu or cuda') from error
+    if device.type == 'cuda':
+        if not torch.cuda.is_available():
+            raise InputError('no CUDA device is available here: use --device cpu')
+        device = torch.device('cuda', local if device.index is None else device.index)
+        torch.cuda.set_device(device)
+    if world > 1:
+        torch.distributed.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    try:
+        yield Process(rank, world, device)
+    finally:
+        if world > 1:
+            torch.distributed.destroy_process_group()
+
+
+def seeded(seed, device='cpu'):
+    """A torch.Generator on `device`."""
+    return torch.Generator(device).manual_seed(seed)
+
+
+def run_script(main):
+    """Call main(); what the user can mend is printed in one sentence, with exit code 2 and no traceback."""
+    try:
+        main()
+    except InputError as error:
+        print(f'error: {error}', file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
