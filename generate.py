@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from wan_causal import (MAX_POSITION, NEGATIVE_PROMPT, InputError, chunk_sizes, find_folder, format_steps, gaussian, load_checkpoint,
-                        load_dit, load_text_encoder, load_vae, ode_trajectory, processes, read_json, require, rollout,
-                        run_script, seeded, sigma_schedule, warped_steps)
+from wan_causal import (MAX_POSITION, NEGATIVE_PROMPT, InputError, chunk_sizes, find_folder, format_steps, gaussian,
+                        load_checkpoint, load_dit, load_text_encoder, load_vae, ode_trajectory, processes, read_json,
+                        require, rollout, run_script, seeded, sigma_schedule, warped_steps)
 
 # Wan 2.1's own settings; a model folder may hold a defaults.json with others.
 DEFAULTS = dict(height=480, width=832, frames=81, fps=16, shift=5.0, guidance=5.0, negative=NEGATIVE_PROMPT,
@@ -261,7 +261,8 @@ def main():
             require(metadata, args.checkpoint, kind='bidirectional' if args.bidirectional else 'causal')
         vae, text = load_vae(folder, dtype, process.device), load_text_encoder(folder, dtype, process.device)
 
-        timesteps = args.timesteps or [float(t) for t in metadata.get('timesteps', '').split(',') if t] or warped_steps()
+        saved = [float(t) for t in metadata.get('timesteps', '').split(',') if t]
+        timesteps = args.timesteps or saved or warped_steps()
         settings = (timesteps, args.chunk or int(metadata.get('chunk', 3)), args.first_chunk)
         if args.bidirectional:
             process.print(f'{args.model} is sampled as the bidirectional teacher: {args.steps} {args.solver} steps, '

@@ -55,9 +55,9 @@ def format_steps(steps):
 
 
 def sigma_of(t, x):
-    """t (number, (B,) or (B, F)) -> sigma, broadcastable to x (B, C, F, H, W), float32."""
-    sigma = torch.as_tensor(t, dtype=torch.float32, device=x.device) / 1000
-    if sigma.ndim == 0:
+    """t (number, (B,) or (B, F)) -> sigma, a number or broadcastable to x (B, C, F, H, W)."""
+    sigma = t / 1000
+    if not torch.is_tensor(sigma):
         return sigma
     if sigma.shape not in ((x.shape[0],), (x.shape[0], x.shape[2])):
         raise ValueError(f't of shape {tuple(sigma.shape)} fits neither (B,) nor (B, F) of {tuple(x.shape)}')
@@ -1031,7 +1031,8 @@ class ImageReward(nn.Module):
             vocab_size=s['vocab_size'], hidden_size=s['text_dim'], encoder_hidden_size=s['vision_dim'],
             intermediate_size=s['text_ffn'], num_hidden_layers=s['text_layers'],
             num_attention_heads=s['text_heads'], max_position_embeddings=512, layer_norm_eps=1e-12,
-            is_decoder=True), add_pooling_layer=False)  # is_decoder only builds the cross-attention
+            is_decoder=True,  # only builds the cross-attention
+            bos_token_id=None, eos_token_id=None, sep_token_id=None), add_pooling_layer=False)
         widths = [s['text_dim'], 1024, 128, 64, 16, 1]
         linears = [nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:])]
         # no activation between them; the dropouts (0.2, 0.2, 0.1) hold the published key numbers
@@ -1040,7 +1041,10 @@ class ImageReward(nn.Module):
 
     def forward(self, images, ids, mask):
         """Normalised images (B, 3, S, S), token ids and mask (B, 35) -> standardised rewards (B,)."""
-        seen = self.vision(images).last_hidden_state  # (B, 1 + patches, C)
+        return self.judge(self.vision(images).last_hidden_state, ids, mask)
+
+    def judge(self, seen, ids, mask):
+        """Image features (B, 1 + patches, C), token ids and mask (B, 35) -> standardised rewards (B,)."""
         words = self.text(input_ids=ids, attention_mask=mask, encoder_hidden_states=seen,
                           is_decoder=False).last_hidden_state
         return (self.mlp(words[:, 0].float()).squeeze(-1) - self.mean) / self.std
@@ -1062,9 +1066,13 @@ class ImageReward(nn.Module):
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[0] != len(prompts):
             raise ValueError(f'images {tuple(images.shape)} must be (B, 3, H, W) with one prompt each, '
                              f'got {len(prompts)} prompts')
+        return self(self.preprocess(images), *self.tokenize(prompts))
+
+    def tokenize(self, prompts):
+        """list of B str -> token ids and mask (B, 35)."""
         words = self.tokenizer(list(prompts), padding='max_length', truncation=True, max_length=35,
-                               return_tensors='pt').to(images.device)
-        return self(self.preprocess(images), words.input_ids, words.attention_mask)
+                               return_tensors='pt').to(self.text.device)
+        return words.input_ids, words.attention_mask
 
     @staticmethod
     def published_key(key):
@@ -1317,8 +1325,12 @@ def load_image_reward(name, device='cpu'):
     if file is None:
         raise InputError(f'{folder} holds neither ImageReward.pt nor ImageReward.safetensors')
     state, metadata = read_weights(file)
-    tokenizer = folder / 'tokenizer' if (folder / 'tokenizer').is_dir() else 'bert-base-uncased'
-    model = ImageReward(AutoTokenizer.from_pretrained(tokenizer), **json.loads(metadata.get('config', '{}')))
+    words = folder / 'tokenizer' if (folder / 'tokenizer').is_dir() else 'bert-base-uncased'
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(words)
+    except (OSError, ValueError) as error:
+        raise InputError(f'cannot load the tokenizer {words} of ImageReward: {str(error).splitlines()[0]}') from error
+    model = ImageReward(tokenizer, **json.loads(metadata.get('config', '{}')))
     names = {ImageReward.published_key(key): key for key in model.state_dict()}
     unused = ('blip.vision_proj.', 'blip.text_proj.', 'blip.text_encoder.embeddings.position_ids')
     state = {names.get(key, key): value.float() for key, value in state.items() if not key.startswith(unused)}
@@ -1356,16 +1368,17 @@ def native_keys(state, expected):
 def fold_lora(state, base, scale=1.0):
     """W += scale B A for each pair <module>.lora_A.weight (r, in), <module>.lora_B.weight (out, r) in `state`.
 
-    Weights that `state` lacks (an adapter without its model) are taken from `base`.
+    When `state` holds nothing else (an adapter without its model), W is taken from `base`.
     """
-    pairs = [key.removesuffix('.lora_A.weight') for key in state if key.endswith('.lora_A.weight')]
-    full = {**base, **{key: value for key, value in state.items() if '.lora_' not in key}}
-    for module in pairs:
-        A, B = state[f'{module}.lora_A.weight'], state.get(f'{module}.lora_B.weight')
+    full = {key: value for key, value in state.items() if '.lora_' not in key} or dict(base)
+    modules = dict.fromkeys(key.partition('.lora_')[0] for key in state if '.lora_' in key)
+    for module in modules:
+        A, B = (state.get(f'{module}.lora_{side}.weight') for side in 'AB')
         weight = full.get(f'{module}.weight')
-        if B is None or weight is None or (B.shape[0], A.shape[1]) != tuple(weight.flatten(1).shape):
+        if A is None or B is None or weight is None or (B.shape[0], A.shape[1]) != tuple(weight.flatten(1).shape):
             raise InputError(f'the LoRA of {module} does not fit this model')
-        full[f'{module}.weight'] = (weight.float() + scale * (B.float() @ A.float()).view(weight.shape)).to(weight.dtype)
+        update = scale * (B.float() @ A.float()).view(weight.shape)
+        full[f'{module}.weight'] = (weight.float() + update).to(weight.dtype)
     return full
 
 
@@ -1390,7 +1403,7 @@ def load_checkpoint(model, name, ema=True):
             raise InputError(f'{path} is {what}, not generator weights')
     state = native_keys(state, model.state_dict())
     if any('.lora_' in key for key in state):
-        rank = next(v.shape[0] for k, v in state.items() if k.endswith('.lora_A.weight'))
+        rank = next((v.shape[0] for k, v in state.items() if k.endswith('.lora_A.weight')), 1)
         state = fold_lora(state, model.state_dict(), float(metadata.get('lora_alpha', rank)) / rank)
     old = model.patch_embedding.weight
     load_exactly(model, state, path).to(old.device, old.dtype)

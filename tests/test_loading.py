@@ -147,6 +147,31 @@ def test_a_failed_save_leaves_the_old_file(tmp_path):
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
+def test_published_image_reward(tmp_path):
+    """ImageReward.pt has the unused projections and a position_ids buffer, and ImageReward.safetensors its sizes."""
+    from conftest import golden_state
+    config, state = golden_state("imagereward")
+    assert any(key.startswith("blip.vision_proj.") for key in state)
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat"]))
+    from transformers import BertTokenizer
+    BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "tokenizer")
+    save_file(state, tmp_path / "ImageReward.safetensors", metadata={"config": json.dumps(config)})
+    model = wc.load_image_reward(tmp_path)
+    images = torch.rand(2, 3, 40, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    scores = model.score(images, ["a cat", "a dog"])
+    assert scores.shape == (2,) and scores.isfinite().all()
+    with pytest.raises(ValueError, match=r"\(2, 3, 40, 48\) .* got 1 prompts"):
+        model.score(images, ["a cat"])
+    torch.save(state, tmp_path / "ImageReward.pt")
+    (tmp_path / "ImageReward.safetensors").unlink()  # a .pt has the published sizes, which these weights have not
+    with pytest.raises(wc.InputError, match="of another shape"):
+        wc.load_image_reward(tmp_path)
+    (tmp_path / "ImageReward.pt").unlink()
+    with pytest.raises(wc.InputError, match="neither ImageReward.pt nor ImageReward.safetensors"):
+        wc.load_image_reward(tmp_path)
+
+
 # ------------------------------------------------------------------------------------------------ refusals
 
 class Evil:

@@ -452,3 +452,43 @@ def test_decode_refuses_wrong_shapes(vae):
 
 def test_text_cleaning():
     assert wc.clean_text("  a &amp;amp; b\n\t c ") == "a & b c"
+
+
+# ---------------------------------------------------------------------------------- reward and processes
+
+@pytest.mark.parametrize("height, width", [(300, 400), (90, 64), (24, 40)])
+def test_reward_preprocessing_is_pils(height, width):
+    """Shorter side to S with PIL's antialiased bicubic, centre crop, CLIP's normalisation; to one level of 255."""
+    from PIL import Image
+    x = torch.nn.functional.interpolate(0.25 * random_latents(1, 3, 12, 16), (height, width), mode="bicubic")  # in gamut
+    pixels = ((x + 1) * 127.5).round().to(torch.uint8)
+    model = wc.ImageReward(image_size=32, patch_size=8, vision_dim=16, vision_layers=1, vision_heads=2, text_dim=16,
+                           text_layers=1, text_heads=2, text_ffn=16, vocab_size=10)
+    ours = model.preprocess(pixels / 127.5 - 1)[0]
+    ours = ours * torch.tensor(wc.CLIP_STD).view(3, 1, 1) + torch.tensor(wc.CLIP_MEAN).view(3, 1, 1)
+    image = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
+    w, h = (int(32 * width / height), 32) if height <= width else (32, int(32 * height / width))
+    image = image.resize((w, h), Image.BICUBIC)
+    left, top = round((w - 32) / 2), round((h - 32) / 2)
+    theirs = torch.tensor(list(image.crop((left, top, left + 32, top + 32)).tobytes())).view(32, 32, 3) / 255
+    assert (ours.permute(1, 2, 0) - theirs).abs().max() < 1.5 / 255
+
+
+def test_two_processes_average_gradients(tmp_path):
+    from conftest import torchrun
+    script = tmp_path / "average.py"
+    script.write_text("""
+import sys, torch
+import wan_causal as wc
+with wc.processes('cpu') as p:
+    torch.manual_seed(0)
+    model = p.wrap(torch.nn.Linear(2, 1, bias=False))
+    model(torch.full((1, 2), float(p.rank))).sum().backward()
+    p.barrier()
+    p.print('world', p.world, type(model).__name__, model.module.weight.grad.tolist())
+""")
+    done = torchrun(2, script, env={"PYTHONPATH": "."})
+    assert done.stdout.strip() == "world 2 DistributedDataParallel [[0.5, 0.5]]", done.stderr
+    with wc.processes("cpu") as alone:
+        linear = torch.nn.Linear(1, 1)
+        assert (alone.rank, alone.world, alone.wrap(linear)) == (0, 1, linear)

@@ -478,8 +478,10 @@ def train_vae(folder, steps):
     vae.conv1.bias.data[16:] = -6  # starts almost without posterior noise
     video, centre, captions = library(split()[0], 500, 57, seed=1)
     background = torch.tensor([BACKGROUNDS[parse(c)["background"]] for c in captions]).view(-1, 3, 1, 1, 1)
-    schedule = [(0.2, [(1, 20)], 32), (0.35, [(1, 20), (5, 5), (9, 3)], 32), (0.8, [(5, 4), (9, 3), (17, 2)], 40),
-                (1.0, [(5, 3), (9, 2), (17, 2)], 64)]  # until which share of the run: (frames, clips), crop
+    # until which share of the run: (frames, clips) in turn, crop. At least 2 clips: one alone is slow on CPU. The
+    # last part is as long as the clips to come, since the convolutions remember more than 17 frames.
+    schedule = [(0.17, [(1, 20)], 32), (0.3, [(1, 20), (5, 5), (9, 3)], 32), (0.7, [(5, 4), (9, 3), (17, 2)], 40),
+                (0.88, [(5, 3), (9, 2), (17, 2)], 64), (1.0, [(57, 2), (33, 3), (57, 2), (25, 4)], 40)]
 
     def loss_of(step, random):
         progress = step / steps
@@ -679,16 +681,26 @@ def train_reward(folder, steps):
     (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words()]) + "\n")
     tokenizer = BertTokenizer(str(folder / "vocab.txt"))
     model = ImageReward(tokenizer, mean=0.0, std=1.0, **REWARD_CONFIG)
+    for module in model.modules():  # larger than BERT's 0.02, which is meant for wider layers
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight, std=module.in_features ** -0.5)
+    names = ("colour", "texture", "shape", "background")
+    probes = torch.nn.ModuleDict({a: torch.nn.Linear(REWARD_CONFIG["vision_dim"], len(ATTRIBUTES[a])) for a in names})
     captions, held_out = split()
 
     def loss_of(step, random):
-        better, good, worse, bad, _ = preference_pairs(captions, 32, random)
-        score = model.score(torch.cat([better, worse]), good + bad)
-        margin = score[:32] - score[32:]
-        return -torch.nn.functional.logsigmoid(margin).mean() + 1e-3 * score.square().mean()
+        better, good, worse, bad, _ = preference_pairs(captions, 24, random)
+        images = model.preprocess(torch.cat([better, worse]))
+        seen = model.vision(images).last_hidden_state
+        score = model.judge(seen, *model.tokenize(good + bad))
+        loss = -torch.nn.functional.logsigmoid(score[:24] - score[24:]).mean() + 1e-3 * score.square().mean()
+        for a in names:  # the image encoder must tell what it sees; without this the pairs teach it nothing for long
+            label = torch.tensor([ATTRIBUTES[a].index(parse(c)[a]) for c in good])
+            loss = loss + 0.25 * torch.nn.functional.cross_entropy(probes[a](seen[:24].mean(1)), label)
+        return loss
 
-    model.train()
-    fit("reward", folder, model, loss_of, steps, lr=1e-3, matrices=lambda n, p: ".layer" in n and p.ndim == 2)
+    fit("reward", folder, torch.nn.ModuleDict({"model": model, "probes": probes}).train(), loss_of, steps, lr=2e-3,
+        matrices=lambda n, p: ".layer" in n and p.ndim == 2)
     model.eval()
     random, right, scores = torch.Generator().manual_seed(5), {"sharp": [], "true": []}, []
     with torch.no_grad():
@@ -789,11 +801,23 @@ def evaluate(out, count=200):
     return result
 
 
+def picture(out, path, rows=6, columns=5):
+    """A strip of frames of the teacher on held-out captions, as one PNG: a caption a row, time to the right."""
+    import imageio
+    captions = split()[1][3::200 // rows][:rows]
+    video = sample_teacher(load_dit(out).eval(), load_vae(out), load_text_encoder(out), captions)
+    frames = video[:, :, torch.linspace(0, video.shape[2] - 1, columns).round().long()]  # (rows, 3, columns, 64, 64)
+    frames = torch.nn.functional.interpolate(frames.flatten(0, 1), scale_factor=2).unflatten(0, (rows, 3))
+    sheet = frames.permute(0, 3, 2, 4, 1).flatten(2, 3).flatten(0, 1)  # (rows 128, columns 128, 3)
+    imageio.v3.imwrite(path, ((sheet + 1) * 127.5).round().to(torch.uint8).numpy())
+    print("\n".join(captions))
+
+
 def train(out, work, scale=1.0):
     """Make everything in `out` from nothing; `work` keeps what a killed run needs to go on. scale: of the steps."""
     work.mkdir(parents=True, exist_ok=True)
     steps = {name: max(2, int(n * scale)) for name, n in
-             dict(text=800, vae=2200, latents=2400, reward=2500, teacher=10000).items()}
+             dict(text=800, vae=2500, latents=2000, reward=2500, teacher=10000).items()}
     encoder, tokenizer, words_right = train_text(work, steps["text"])
     vae = train_vae(work, steps["vae"]).eval().requires_grad_(False)
     reward, pairs_right = train_reward(work, steps["reward"])
@@ -809,13 +833,15 @@ def train(out, work, scale=1.0):
 
 def main():
     parser = argparse.ArgumentParser(description="The tiny world: train its models, or measure them.")
-    parser.add_argument("verb", choices=["train", "evaluate"])
+    parser.add_argument("verb", choices=["train", "evaluate", "picture"])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny", help="the model folder")
     parser.add_argument("--work", type=Path, default=Path("runs/tiny_world"), help="where a killed run goes on from")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the training steps, for a quick trial")
     args = parser.parse_args()
     if args.verb == "train":
         train(args.out, args.work, args.scale)
+    elif args.verb == "picture":
+        picture(args.out, Path(__file__).parent / "frames.png")
     else:
         print(json.dumps(evaluate(args.out), indent=1))
 

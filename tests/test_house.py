@@ -1,0 +1,84 @@
+"""The form of the project: its files, its dependencies, and a README whose commands are real."""
+import ast
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, run
+
+SCRIPTS = ["wan_causal.py", "distill_dmd.py", "ode_init.py", "reward_forcing.py", "cm_grpo.py", "generate.py",
+           "eval_vbench.py"]
+PRESENT = [name for name in SCRIPTS if (ROOT / name).exists()]
+RUNTIME = {"torch", "safetensors", "transformers", "huggingface_hub", "numpy", "imageio", "tqdm"}
+
+
+def test_no_other_python_file_at_the_top():
+    assert {p.name for p in ROOT.glob("*.py")} <= set(SCRIPTS)
+
+
+@pytest.mark.parametrize("name", PRESENT)
+def test_imports(name):
+    """Scripts import the runtime packages, the standard library and wan_causal; nothing else."""
+    allowed = RUNTIME | set(sys.stdlib_module_names) | ({"wan_causal"} if name != "wan_causal.py" else set())
+    for node in ast.walk(ast.parse((ROOT / name).read_text())):
+        modules = [a.name for a in node.names] if isinstance(node, ast.Import) else \
+            [node.module] if isinstance(node, ast.ImportFrom) else []
+        assert {m.split(".")[0] for m in modules} <= allowed
+
+
+@pytest.mark.parametrize("name", PRESENT)
+def test_importing_has_no_effect(name):
+    code = f"import sys; sys.argv = ['x', '--nonsense']; import {name[:-3]}; import torch; " \
+           "assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()"
+    done = run("-c", code)
+    assert done.returncode == 0 and done.stdout == "", done.stderr
+
+
+def test_requirements_are_pinned_and_are_the_runtime_packages():
+    lines = (ROOT / "requirements.txt").read_text().split()
+    assert all("==" in line for line in lines)
+    assert {re.split(r"[\[=]", line)[0].replace("-", "_") for line in lines} == RUNTIME
+
+
+def readme_commands():
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        script = next((w for w in words if w.endswith(".py")), None)
+        if script:
+            yield pytest.param(script, words[words.index(script) + 1:], id=line[:60])
+
+
+@pytest.mark.parametrize("script, args", readme_commands())
+def test_readme_commands_parse(script, args):
+    """Each command is accepted by its script's own parser (which is asked to stop there)."""
+    code = f"""
+import argparse, runpy, sys
+parse = argparse.ArgumentParser.parse_args
+def stop(self, *a, **k):
+    parse(self, *a, **k)
+    sys.exit(77)
+argparse.ArgumentParser.parse_args = stop
+sys.argv = {[script, *args]!r}
+sys.path.insert(0, '.')
+runpy.run_path({script!r}, run_name='__main__')
+"""
+    done = run("-c", code)
+    assert done.returncode == 77, done.stderr
+
+
+def test_readme_line_counts():
+    """The table of files quotes each file's length, rounded to ten."""
+    for name in PRESENT:
+        lines = len((ROOT / name).read_text().splitlines())
+        row = re.search(rf"\| `{name}` .*\| (\d+) \|", (ROOT / "README.md").read_text())
+        assert row and abs(int(row[1]) - lines) <= 10, f"{name} has {lines} lines"
+
+
+def test_the_project_is_under_version_control_without_stray_files():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    assert not [f for f in listed.stdout.split() if f.endswith((".pt", ".tmp", ".mp4", ".pyc"))]

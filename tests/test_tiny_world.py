@@ -1,0 +1,180 @@
+"""The tiny world: what is drawn is what is measured, and the committed models are as good as the README says."""
+import json
+
+import pytest
+import torch
+from conftest import ROOT, random_latents, run
+
+import tiny_world as tw
+import wan_causal as wc
+
+TINY = ROOT / "tests" / "tiny"
+
+
+def clips(captions, frames=57, seed=0, size=64):
+    return tw.render(captions, frames, size, torch.Generator().manual_seed(seed))
+
+
+# -------------------------------------------------------------------------------------------------- world
+
+def test_captions():
+    captions, (train, held_out) = tw.all_captions(), tw.split()
+    assert len(set(captions)) == 2016 and len(train) == 1816 and len(held_out) == 200
+    assert set(train).isdisjoint(held_out) and set(train) | set(held_out) == set(captions)
+    assert {w for c in train for w in c.split()} == {w for c in held_out for w in c.split()} == set(tw.words())
+    assert tw.parse("a red striped circle moving left on a navy background") == {
+        "colour": "red", "texture": "striped", "shape": "circle", "motion": "moving left", "background": "navy"}
+    with pytest.raises(ValueError, match="not a caption of the tiny world: 'a pink cat'"):
+        tw.parse("a pink cat")
+
+
+@pytest.mark.parametrize("frames", [57, 113])
+def test_everything_drawn_is_measured(frames):
+    """All 7 motions with all colours, textures, shapes and backgrounds among them."""
+    captions = tw.all_captions()[::84 if frames == 57 else 168][:24]
+    captions += [f"a red dotted square {motion} on a teal background" for motion in tw.MOTIONS]
+    card = tw.scorecard(clips(captions, frames), captions)
+    assert card["all"] == 1
+    assert card["texture_correlation"] > 0.97 and card["shape_iou"] > 0.97 and card["flicker"] < 3
+
+
+def test_clips_repeat_with_the_seed_and_scale_with_the_size():
+    caption = ["a green checkered triangle bouncing on a gray background"]
+    a, b, c = clips(caption, 9), clips(caption, 9), clips(caption, 9, seed=1)
+    assert a.shape == (1, 3, 9, 64, 64) and torch.equal(a, b) and not torch.equal(a, c)
+    assert a.min() >= -1 and a.max() <= 1
+    big = torch.nn.functional.avg_pool2d(clips(caption, 9, size=128)[0].transpose(0, 1), 2)
+    assert (big - a[0].transpose(0, 1)).abs().mean() < 0.02
+
+
+def test_measurements_fall_with_what_they_measure():
+    captions = [f"a blue {t} {s} moving right on a brown background" for t in tw.TEXTURES[1:] for s in tw.SHAPES]
+    sharp = clips(captions, 17)
+    flat = sharp.transpose(1, 2).flatten(0, 1)
+    blurred = torch.stack([tw.degrade(flat, "blur", torch.full((len(flat),), s), None).unflatten(0, (-1, 17)).transpose(1, 2)
+                           for s in (0.4, 1.0)])
+    cards = [tw.scorecard(v, captions) for v in (sharp, *blurred)]
+    for name in ("sharpness", "texture_correlation"):
+        assert cards[0][name] > cards[1][name] > cards[2][name]
+    still = sharp[:, :, :1].expand(-1, -1, 17, -1, -1)
+    assert tw.scorecard(still, captions)["path"] < 0.01 < 0.5 < cards[0]["path"]
+    swapped = sharp.clone()
+    swapped[:, :, ::2] = sharp.roll(1, dims=0)[:, :, ::2]  # another texture or shape in every other frame
+    assert tw.scorecard(swapped, captions)["flicker"] > 10 * cards[0]["flicker"]
+
+
+@pytest.mark.parametrize("video", [torch.zeros(2, 3, 5, 64, 64), torch.full((2, 3, 1, 64, 64), -1.0),
+                                   random_latents(2, 3, 5, 64, 64), random_latents(2, 3, 1, 16, 24) * 9])
+def test_nothing_to_see_is_no_error(video):
+    for row in tw.measure(video):
+        assert row["texture_correlation"] < 0.2
+
+
+# ----------------------------------------------------------------------------------------------- training
+
+def linear_problem(folder, stop=None, steps=7):
+    model = torch.nn.Linear(4, 4)
+    torch.nn.init.eye_(model.weight)
+    torch.nn.init.zeros_(model.bias)
+
+    def loss_of(step, random):
+        if step == stop:
+            raise KeyboardInterrupt
+        return (model(torch.randn(8, 4, generator=random)) - 1).square().mean()
+    return tw.fit("linear", folder, model, loss_of, steps, lr=0.1, ema=0.9, every=2)
+
+
+def test_a_killed_training_goes_on_to_the_same_weights(tmp_path):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    whole = linear_problem(tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt):
+        linear_problem(tmp_path / "b", stop=5)
+    resumed = linear_problem(tmp_path / "b")
+    assert torch.equal(whole.weight, resumed.weight) and torch.equal(whole.bias, resumed.bias)
+
+
+def test_muon_orthogonalises():
+    p = torch.nn.Parameter(torch.zeros(6, 3, 2))
+    p.grad = random_latents(6, 3, 2)
+    tw.Muon([p], lr=1.0).step()
+    singular = torch.linalg.svdvals(p.detach().flatten(1)) / (0.2 * 6 ** 0.5)
+    assert singular.min() > 0.6 and singular.max() < 1.3
+
+
+@pytest.mark.parametrize("kind", ["blur", "warp", "smear", "noise"])
+def test_degrading(kind):
+    images = clips(tw.split()[1][:4], 1)[:, :, 0]
+    distance = [(tw.degrade(images, kind, torch.full((4,), s), torch.Generator().manual_seed(0)) - images)
+                .abs().mean().item() for s in (0.0, 0.3, 1.0)]
+    assert distance[0] < 1e-3 < distance[1] < distance[2]
+
+
+# ---------------------------------------------------------------------------------------- committed models
+
+@pytest.fixture(scope="module")
+def parts():
+    return wc.load_dit(TINY).eval(), wc.load_vae(TINY), wc.load_text_encoder(TINY)
+
+
+def test_size():
+    assert sum(f.stat().st_size for f in TINY.rglob("*") if f.is_file()) < 20e6
+
+
+def test_tiny_is_the_config_in_the_table(parts):
+    assert wc.load_config(TINY).dim == wc.CONFIGS["tiny"].dim
+    assert parts[2].text_len == wc.CONFIGS["tiny"].text_len and parts[2].dim == wc.CONFIGS["tiny"].text_dim
+
+
+def test_vae_is_good(parts):
+    captions = tw.split()[1][::20]
+    card = tw.reconstruct(parts[1], captions)
+    assert card["psnr"] > 29 and card["all"] == 1 and card["texture_correlation"] > 0.85
+
+
+def test_teacher_is_good(parts):
+    captions = tw.split()[1][7::40]
+    video = tw.sample_teacher(parts[0], parts[1], parts[2], captions, steps=25)
+    card = tw.scorecard(video, captions)
+    assert min(card[name] for name in ("colour", "background", "shape", "motion")) == 1
+    assert card["texture"] >= 0.6 and card["texture_correlation"] > 0.5
+
+
+def test_reward_is_good():
+    reward, random = wc.load_image_reward(TINY / "reward_model"), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        pairs = [tw.preference_pairs(tw.split()[1], 64, random) for _ in range(4)]
+        right = torch.cat([reward.score(a, good) > reward.score(b, bad) for a, good, b, bad, _ in pairs])
+    assert right.float().mean() > 0.93
+
+
+def test_measured_figures_are_those_of_the_readme():
+    measured = json.loads((TINY / "measured.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    for figure in (f"{measured['vae']['psnr']:.1f} dB", f"{100 * measured['teacher']['texture']:.1f} %",
+                   f"{measured['teacher']['texture_correlation']:.2f}"):
+        assert figure in readme
+
+
+def test_pipeline_equals_diffusers(parts):
+    """The committed folder, as it is, in diffusers' WanPipeline: the same video from the same noise."""
+    from diffusers import WanPipeline
+    pipe = WanPipeline.from_pretrained(TINY, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    caption, (dit, vae, text) = "a green checkered triangle moving up on a gray background", parts
+    noise = random_latents(1, 16, 4, 8, 8)
+    theirs = pipe(caption, negative_prompt="", height=64, width=64, num_frames=13, num_inference_steps=6,
+                  guidance_scale=3.0, latents=noise, max_sequence_length=text.text_len, output_type="pt").frames
+    *_, x = wc.ode_trajectory(dit, noise, text([caption]), text([""]), pipe.scheduler.sigmas, 3.0)
+    with torch.no_grad():
+        ours = vae.decode(x) / 2 + 0.5
+    torch.testing.assert_close(ours.transpose(1, 2), theirs, atol=2e-3, rtol=0)
+
+
+def test_the_committed_weights_can_be_made_again(tmp_path):
+    """`tests/tiny_world.py train` runs through, writes every part, and each part loads."""
+    done = run("tests/tiny_world.py", "train", "--out", tmp_path / "tiny", "--work", tmp_path / "work", "--scale", 0.001)
+    assert done.returncode == 0, done.stderr
+    wc.load_dit(tmp_path / "tiny"), wc.load_vae(tmp_path / "tiny"), wc.load_text_encoder(tmp_path / "tiny")
+    wc.load_image_reward(tmp_path / "tiny" / "reward_model")
+    theirs, ours = ({f.relative_to(d) for f in d.rglob("*.json")} for d in (TINY, tmp_path / "tiny"))
+    assert ours == theirs
