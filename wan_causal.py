@@ -218,7 +218,7 @@ def attend(q, k, v, visible=None, backend='auto'):
     all. A mask over whole frames is a union of full rectangles, so there are two exact ways to compute it:
     'rectangles', one unmasked scaled_dot_product_attention per group of query frames that see the same keys, which
     needs no compiler and runs anywhere; and 'flex', one flex-attention kernel, the faster one on CUDA when there are
-    many groups. 'auto' takes flex on CUDA and rectangles elsewhere (flex has no backward on CPU).
+    many groups. 'auto' takes flex for many groups on CUDA, else rectangles (flex has no backward on CPU).
     """
     if visible is None:
         return F.scaled_dot_product_attention(q, k, v)
@@ -233,13 +233,17 @@ def attend(q, k, v, visible=None, backend='auto'):
         stop = start + 1
         while stop < len(visible) and visible[stop] == visible[start]:
             stop += 1
-        pieces = [slice(a * tokens, b * tokens) for a, b in runs([j for j, seen in enumerate(visible[start]) if seen])]
-        keys, values = ([x[:, :, piece] for piece in pieces] for x in (k, v))
-        if len(pieces) > 1:
-            keys, values = [torch.cat(keys, 2)], [torch.cat(values, 2)]
-        out.append(F.scaled_dot_product_attention(q[:, :, start * tokens:stop * tokens], keys[0], values[0]))
+        seen = runs([j for j, sees in enumerate(visible[start]) if sees])
+        out.append(F.scaled_dot_product_attention(q[:, :, start * tokens:stop * tokens],
+                                                  take_frames(k, seen, tokens), take_frames(v, seen, tokens)))
         start = stop
     return torch.cat(out, dim=2) if len(out) > 1 else out[0]
+
+
+def take_frames(x, where, tokens):
+    """The tokens of some runs of frames, x (B, N, F * S, D): a view for one run, else a copy."""
+    parts = [x[:, :, a * tokens:b * tokens] for a, b in where] or [x[:, :, :0]]
+    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
 class KVCache:
@@ -299,15 +303,10 @@ class KVCache:
 
         They are copied when a later chunk may overwrite them before the backward pass reads them.
         """
-        claimed = set(self.slots_for(start, count))
+        claimed = self.slots_for(start, count)
         old = runs([s for s, p in enumerate(self.position) if s not in claimed and p is not None and p < start])
-        pieces = [slice(a * self.tokens, b * self.tokens) for a, b in old]
-        out = []
-        for buffer in (self.k[layer], self.v[layer]):
-            parts = [buffer[:, :, piece] for piece in pieces]
-            out.append(torch.cat(parts, 2) if len(parts) > 1 else
-                       parts[0].clone() if parts and self.rolling else parts[0] if parts else buffer[:, :, :0])
-        return out
+        k, v = (take_frames(x, old, self.tokens) for x in (self.k[layer], self.v[layer]))
+        return (k.clone(), v.clone()) if self.rolling else (k, v)
 
 
 def slot_runs(slots):
@@ -452,16 +451,25 @@ class Block(nn.Module):
 
         extend: takes the new keys and values and returns all that the queries may read (the KV cache).
         """
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + e).chunk(6, dim=2)
-        y = modulate(self.norm1(x), shift1, scale1)
-        k, v = self.self_attn.keys_values(y)
-        q, k = rotate(self.self_attn.queries(y), *rope), rotate(k, *rope)
+        q, k, v = self.before(x, e, rope)
         if extend is not None:
             k, v = extend(k, v)
-        x = x + gated(self.self_attn.output(attend(q, k, v, visible, backend)), gate1)
+        return self.after(x, attend(q, k, v, visible, backend), e, text)
+
+    def before(self, x, e, rope):
+        """Queries, keys and values of self-attention; like `after`, it has static shapes and compiles well."""
+        shift, scale = (self.modulation.float() + e)[:, :, :2].chunk(2, dim=2)
+        y = modulate(self.norm1(x), shift, scale)
+        k, v = self.self_attn.keys_values(y)
+        return rotate(self.self_attn.queries(y), *rope), rotate(k, *rope), v
+
+    def after(self, x, attended, e, text):
+        """What follows self-attention."""
+        gate1, shift, scale, gate2 = (self.modulation.float() + e)[:, :, 2:].chunk(4, dim=2)
+        x = x + gated(self.self_attn.output(attended), gate1)
         k, v = text if isinstance(text, tuple) else self.cross_attn.keys_values(text)
         x = x + self.cross_attn.output(attend(self.cross_attn.queries(self.norm3(x)), k, v))
-        return x + gated(self.ffn(modulate(self.norm2(x), shift2, scale2)), gate2)
+        return x + gated(self.ffn(modulate(self.norm2(x), shift, scale)), gate2)
 
 
 class Head(nn.Module):

@@ -15,8 +15,7 @@ def causal(tmp_path_factory):
     """A causal generator for the tiny model, with random weights, as a later stage would save it."""
     path = tmp_path_factory.mktemp("weights") / "causal.safetensors"
     config = wc.load_config(ROOT / "tests/tiny")
-    sizes = {name: getattr(config, name) for name in ("dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_dim")}
-    wc.save_checkpoint(path, random_dit(**sizes).state_dict(), stage="test", kind="causal", chunk=3,
+    wc.save_checkpoint(path, random_dit(**vars(config)).state_dict(), stage="test", kind="causal", chunk=3,
                        timesteps="1000,937.5,833.333,625", config=config)
     return path
 
@@ -41,17 +40,18 @@ def test_causal_streaming_and_its_flags(tmp_path, causal):
                "--first-chunk", 1, "--window", 6, "--sink", 2, "--out", tmp_path / "new" / "folder", "--bench")
     assert done.returncode == 0, done.stderr
     assert "timesteps 1000, 937.5, 833.333, 625; chunks of 3 latent frames" in done.stdout
-    for row in ("text", "DiT", "decoder", "first chunk after", "end to end, without text", "DiT alone"):
+    for row in ("text", "DiT", "decoder", "first chunk, without text", "end to end, without text", "DiT alone"):
         assert row in done.stdout
     files = sorted(tmp_path.glob("new/folder/*"))
-    assert [f.name[-6:] for f in files] == ["-6.mp4", "-7.mp4", "-5.mp4"] or len(files) == 3
+    assert sorted(f.name[-6:] for f in files) == ["-5.mp4", "-6.mp4", "-7.mp4"]
     assert all(read(f).shape == (45, 64, 64, 3) for f in files)
 
 
 def test_the_seed_decides(tmp_path, causal):
     videos = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        done = run("generate.py", PROMPT, "--checkpoint", causal, "--frames", 9, "--seed", seed, "--out", tmp_path / f"{name}.mp4")
+        done = run("generate.py", PROMPT, "--checkpoint", causal, "--frames", 9, "--seed", seed,
+                   "--out", tmp_path / f"{name}.mp4")
         assert done.returncode == 0, done.stderr
         videos.append(read(tmp_path / f"{name}.mp4"))
     assert (videos[0] == videos[1]).all() and (videos[0] != videos[2]).any()
@@ -117,7 +117,7 @@ def test_two_processes_share_the_prompts_and_write_the_same_files(tmp_path, caus
     ([PROMPT, "--frames", 4097, "--checkpoint", "CAUSAL"], "past the RoPE table"),
 ])
 def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, causal, args, words):
-    args = [str(causal) if a == "CAUSAL" else a.replace("OUT", str(tmp_path)) if isinstance(a, str) else a for a in args]
+    args = [str(a).replace("CAUSAL", str(causal)).replace("OUT", str(tmp_path)) for a in args]
     out = [] if "--out" in args else ["--out", tmp_path / "out"]
     done = run("generate.py", *args, *out)
     assert done.returncode == 2, done.stderr

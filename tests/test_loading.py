@@ -27,7 +27,8 @@ def lora_pairs(state, modules, rank=4, seed=1):
     random, pairs, folded = torch.Generator().manual_seed(seed), {}, dict(state)
     for module in modules:
         weight = state[f"{module}.weight"]
-        A, B = torch.randn(rank, weight.shape[1], generator=random), torch.randn(weight.shape[0], rank, generator=random)
+        A = torch.randn(rank, weight.shape[1], generator=random)
+        B = torch.randn(weight.shape[0], rank, generator=random)
         pairs[module], folded[f"{module}.weight"] = (A, B), weight + B @ A
     return pairs, folded
 
@@ -51,8 +52,8 @@ LAYOUTS = {  # name -> what is in the .pt file, given the state that must come o
     "diffusers": lambda s: {wc.dit_diffusers_key(k): v for k, v in s.items()},
     "rcm": lambda s: {**{"net." + k: v.flatten(1) if k == "patch_embedding.weight" else v for k, v in s.items()},
                       "net.accum_video_sample_counter": torch.zeros(1)},
-    "critic heads and rope table": lambda s: {"model": {**s, "freqs": torch.zeros(3), "_register_tokens": torch.zeros(2),
-                                                        "_cls_pred_branch.0.weight": torch.zeros(2)}},
+    "critic heads and rope table": lambda s: {"model": {
+        **s, "freqs": torch.zeros(3), "_register_tokens": torch.zeros(2), "_cls_pred_branch.0.weight": torch.zeros(2)}},
 }
 
 
@@ -227,7 +228,8 @@ def broken(tmp_path, kind):
     ("missing file", "no checkpoint file"), ("folder", "no checkpoint file"), ("text", "not a weight file"),
     ("empty", "not a weight file"), ("truncated", "damaged"), ("truncated safetensors", "damaged"),
     ("code", "objects other than tensors"), ("bare pickle", "cannot read"), ("a number", "holds no state dict"),
-    ("no tensors", "holds no state dict"), ("other size", r"1 of another shape \(head.head.bias \(3,\) instead of \(64,\)"),
+    ("no tensors", "holds no state dict"),
+    ("other size", r"1 of another shape \(head.head.bias \(3,\) instead of \(64,\)"),
     ("missing keys", "missing"), ("extra keys", r"1 unexpected \(img_emb.proj.0.weight\)"),
     ("reward model", "is an ImageReward model"), ("vae", "is a VAE"), ("lora for another module", "does not fit"),
     ("half a lora", "does not fit")])
@@ -311,7 +313,7 @@ def test_sharded_diffusers_layout(tmp_path):
     (lambda d: (d / "config.json").write_text("{"), "as JSON"),
     (lambda d: (d / "config.json").write_text(json.dumps({**SMALL, "model_type": "i2v"})), "i2v model"),
     (lambda d: (d / "config.json").write_text(json.dumps({**SMALL, "text_dim": 32, "dim": 64})), "of another shape"),
-    (lambda d: (d / "config.json").write_text(json.dumps({**SMALL, "dim": 50, "num_heads": 4})), "unsupported DiT sizes"),
+    (lambda d: (d / "config.json").write_text(json.dumps({**SMALL, "dim": 50, "num_heads": 4})), "unsupported DiT"),
     (lambda d: (d / "diffusion_pytorch_model.safetensors").unlink(), "no file"),
     (lambda d: (d / "Wan2.1_VAE.pth").write_bytes(b"junk"), "not a weight file"),
     (lambda d: torch.save({"a": torch.ones(1)}, d / "Wan2.1_VAE.pth"), "not a Wan 2.1 VAE"),

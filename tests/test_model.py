@@ -460,7 +460,8 @@ def test_text_cleaning():
 def test_reward_preprocessing_is_pils(height, width):
     """Shorter side to S with PIL's antialiased bicubic, centre crop, CLIP's normalisation; to one level of 255."""
     from PIL import Image
-    x = torch.nn.functional.interpolate(0.25 * random_latents(1, 3, 12, 16), (height, width), mode="bicubic")  # in gamut
+    small = 0.25 * random_latents(1, 3, 12, 16)  # inside the gamut, where PIL's rounding is all that differs
+    x = torch.nn.functional.interpolate(small, (height, width), mode="bicubic")
     pixels = ((x + 1) * 127.5).round().to(torch.uint8)
     model = wc.ImageReward(image_size=32, patch_size=8, vision_dim=16, vision_layers=1, vision_heads=2, text_dim=16,
                            text_layers=1, text_heads=2, text_ffn=16, vocab_size=10)

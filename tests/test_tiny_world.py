@@ -51,8 +51,8 @@ def test_measurements_fall_with_what_they_measure():
     captions = [f"a blue {t} {s} moving right on a brown background" for t in tw.TEXTURES[1:] for s in tw.SHAPES]
     sharp = clips(captions, 17)
     flat = sharp.transpose(1, 2).flatten(0, 1)
-    blurred = torch.stack([tw.degrade(flat, "blur", torch.full((len(flat),), s), None).unflatten(0, (-1, 17)).transpose(1, 2)
-                           for s in (0.4, 1.0)])
+    blurred = [tw.degrade(flat, "blur", torch.full((len(flat),), strength), None).unflatten(0, (-1, 17))
+               .transpose(1, 2) for strength in (0.4, 1.0)]
     cards = [tw.scorecard(v, captions) for v in (sharp, *blurred)]
     for name in ("sharpness", "texture_correlation"):
         assert cards[0][name] > cards[1][name] > cards[2][name]
@@ -172,7 +172,8 @@ def test_pipeline_equals_diffusers(parts):
 
 def test_the_committed_weights_can_be_made_again(tmp_path):
     """`tests/tiny_world.py train` runs through, writes every part, and each part loads."""
-    done = run("tests/tiny_world.py", "train", "--out", tmp_path / "tiny", "--work", tmp_path / "work", "--scale", 0.001)
+    done = run("tests/tiny_world.py", "train", "--out", tmp_path / "tiny", "--work", tmp_path / "work",
+               "--scale", 0.001)
     assert done.returncode == 0, done.stderr
     wc.load_dit(tmp_path / "tiny"), wc.load_vae(tmp_path / "tiny"), wc.load_text_encoder(tmp_path / "tiny")
     wc.load_image_reward(tmp_path / "tiny" / "reward_model")

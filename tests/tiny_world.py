@@ -402,17 +402,17 @@ class Muon(torch.optim.Optimizer):
                 p.add_(x, alpha=-group["lr"] * 0.2 * size ** 0.5)
 
 
-def fit(name, folder, model, loss_of, steps, lr, seed=0, warmup=100, clip=1.0, ema=None, matrices=None, every=250):
+def fit(name, folder, model, loss_of, steps, lr, warmup=100, ema=None, matrices=None, every=250):
     """Minimise loss_of(step, generator) over `steps` steps; a killed run goes on where it was last saved.
 
-    Muon on `matrices` (default: every weight of two or more dimensions that maps to more than one channel)
-    and AdamW on the rest, both with warm-up and cosine decay. Everything random comes from a generator that
-    is seeded by (seed, step), so that a resumed run equals an uninterrupted one.
+    Muon on the weights for which matrices(name, p) holds (default: none) and AdamW on the rest, both with
+    warm-up and cosine decay. Everything random comes from generators seeded by the step, so that a resumed run
+    equals an uninterrupted one.
     """
     path = folder / f"{name}.pt"
-    matrices = matrices or (lambda n, p: p.ndim >= 2 and min(p.shape[0], p[0].numel()) > 1 and "norm" not in n)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    big, small = [p for n, p in named if matrices(n, p)], [p for n, p in named if not matrices(n, p)]
+    big = [p for n, p in named if matrices and matrices(n, p)]
+    small = [p for n, p in named if not (matrices and matrices(n, p))]
     optimizers = [torch.optim.AdamW(small, lr=lr, betas=(0.9, 0.98), weight_decay=0)]
     if big:
         optimizers.append(Muon(big, lr=lr))
@@ -430,15 +430,17 @@ def fit(name, folder, model, loss_of, steps, lr, seed=0, warmup=100, clip=1.0, e
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr * scale
-        loss = loss_of(step, torch.Generator().manual_seed(seed * 1_000_003 + step))
+        torch.manual_seed(step)  # for dropout
+        loss = loss_of(step, torch.Generator().manual_seed(step))
         model.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for _, p in named], clip)
+        torch.nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
         for optimizer in optimizers:
             optimizer.step()
         if ema:
             with torch.no_grad():
-                torch._foreach_lerp_(list(average.values()), [p for _, p in named], 1 - min(ema, (step + 1) / (step + 10)))
+                decay = min(ema, (step + 1) / (step + 10))
+                torch._foreach_lerp_(list(average.values()), [p for _, p in named], 1 - decay)
         bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
         if (step + 1) % every == 0 or step + 1 == steps:
             torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
@@ -471,7 +473,8 @@ def train_vae(folder, steps):
     for name, module in vae.named_modules():
         if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)):
             # variance-preserving, since the default shrinks the signal through 15 convolutions without a skip
-            torch.nn.init.normal_(module.weight, std=(0.3 if name.endswith("residual.6") else 1) * module.weight[0].numel() ** -0.5)
+            gain = 0.3 if name.endswith("residual.6") else 1
+            torch.nn.init.normal_(module.weight, std=gain * module.weight[0].numel() ** -0.5)
             torch.nn.init.zeros_(module.bias)
             layout = torch.channels_last if module.weight.ndim == 4 else torch.channels_last_3d
             module.weight.data = module.weight.data.contiguous(memory_format=layout)  # faster on CPU
@@ -504,11 +507,17 @@ def train_vae(folder, steps):
         square = (weight * (out - x).square()).mean()
         if progress < 0.4:
             return 2 * square + 1e-4 * kl
-        gradient = sum((weight * (out - x).diff(dim=d, append=(out - x).select(d, -1).unsqueeze(d)).abs()).mean() for d in (3, 4))
-        return square + (weight * (out - x).abs()).mean() + 0.3 * gradient + 1e-4 * kl
+        error = out - x
+        gradient = sum((weight.narrow(d, 1, weight.shape[d] - 1) * error.diff(dim=d).abs()).mean() for d in (3, 4))
+        return square + (weight * error.abs()).mean() + 0.3 * gradient + 1e-4 * kl
 
-    fit("vae", folder, vae, loss_of, steps, lr=3e-3, matrices=lambda n, p: p.ndim >= 4 and min(p.shape[0], p[0].numel()) > 1)
+    fit("vae", folder, vae, loss_of, steps, lr=3e-3, matrices=is_kernel)
     return vae
+
+
+def is_kernel(name, p):
+    """Convolution weights that mix channels."""
+    return p.ndim >= 4 and min(p.shape[0], p[0].numel()) > 1
 
 
 def encode_library(folder, vae, clips):
@@ -522,6 +531,35 @@ def encode_library(folder, vae, clips):
         torch.save({"latents": latents, "captions": captions}, path)
     saved = torch.load(path, weights_only=True)
     return saved["latents"], saved["captions"]
+
+
+def polish_decoder(folder, vae, latents, captions_seed, steps):
+    """Train the decoder on, for the latents that the encoder gives (which no longer changes), as it is used: streamed.
+
+    A random number of latent frames is decoded without gradient into the cache, then two with gradient.
+    latents (N, 16, 15, 8, 8), not normalised, of the clips that `library` draws from `captions_seed`.
+    """
+    video, _, captions = library(split()[0], len(latents), 57, seed=captions_seed)
+    background = torch.tensor([BACKGROUNDS[parse(c)["background"]] for c in captions]).view(-1, 3, 1, 1, 1)
+    vae.requires_grad_(False)
+    for part in (vae.decoder, vae.conv2):
+        part.requires_grad_(True)
+
+    def loss_of(step, random):
+        i = torch.randint(len(video), (3,), generator=random)
+        k = torch.randint(latents.shape[2] - 1, (1,), generator=random).item()
+        z, cache = latents[i, :, :k + 2].contiguous(memory_format=torch.channels_last_3d), {}
+        with torch.no_grad():
+            for j in range(k):
+                vae.decoder(vae.conv2(z[:, :, j:j + 1]), cache)
+        out = vae.decoder(vae.conv2(z[:, :, k:]), cache)
+        clip = video[i][:, :, max(0, 4 * k - 3):4 * k + 5]
+        weight = 1 + 2 * ((clip - background[i]).abs().amax(1, keepdim=True) > 12).float()
+        error = out - (clip / 127.5 - 1)
+        return (weight * error.square()).mean() + 0.1 * (weight * error.abs()).mean()
+
+    fit("polish", folder, vae, loss_of, steps, lr=1.5e-3, warmup=20, matrices=is_kernel)
+    return vae.requires_grad_(False)
 
 
 # ------------------------------------------------------------------------------------------ the parts: text
@@ -580,8 +618,7 @@ def train_text(folder, steps):
             labels.append(label)
         return sum(torch.nn.functional.cross_entropy(*pair) for pair in probe(texts, labels).values())
 
-    fit("text", folder, torch.nn.ModuleDict({"encoder": encoder, "probes": probes}), loss_of, steps, lr=3e-3,
-        matrices=lambda n, p: False)
+    fit("text", folder, torch.nn.ModuleDict({"encoder": encoder, "probes": probes}), loss_of, steps, lr=3e-3)
     with torch.no_grad():
         right = {a: (logits.argmax(-1) == label).float().mean().item()
                  for a, (logits, label) in probe(held_out, [labels_of(c) for c in held_out]).items()}
@@ -601,7 +638,7 @@ def train_teacher(folder, latents, captions, text, steps):
     caption_of = torch.tensor([index[c] for c in captions])
 
     def loss_of(step, random):
-        frames, batch = (7, 24) if step < 0.35 * steps else (latents.shape[2], 16)  # short clips first
+        frames, batch = (7, 20) if step < 0.35 * steps else (latents.shape[2], 12)  # short clips first
         i = torch.randint(len(latents), (batch,), generator=random)
         x0, context = latents[i, :, :frames], contexts[caption_of[i]]
         dropped = torch.rand(batch, 1, 1, generator=random) < 0.1
@@ -817,11 +854,12 @@ def train(out, work, scale=1.0):
     """Make everything in `out` from nothing; `work` keeps what a killed run needs to go on. scale: of the steps."""
     work.mkdir(parents=True, exist_ok=True)
     steps = {name: max(2, int(n * scale)) for name, n in
-             dict(text=800, vae=2500, latents=2000, reward=2500, teacher=10000).items()}
+             dict(text=800, vae=2500, latents=1500, polish=400, reward=1700, teacher=3100).items()}
     encoder, tokenizer, words_right = train_text(work, steps["text"])
     vae = train_vae(work, steps["vae"]).eval().requires_grad_(False)
     reward, pairs_right = train_reward(work, steps["reward"])
     latents, captions = encode_library(work, vae, steps["latents"])
+    polish_decoder(work, vae, latents, 2, steps["polish"])
     mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
     latents = (latents - mean.view(1, -1, 1, 1, 1)) / std.view(1, -1, 1, 1, 1)
     teacher = train_teacher(work, latents, captions, TextEncoder(encoder, tokenizer), steps["teacher"])
