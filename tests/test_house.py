@@ -51,7 +51,7 @@ def readme_commands():
             yield pytest.param(script, words[words.index(script) + 1:], id=line[:60])
 
 
-@pytest.mark.parametrize("script, args", readme_commands())
+@pytest.mark.parametrize("script, args", list(readme_commands()))
 def test_readme_commands_parse(script, args):
     """Each command is accepted by its script's own parser (which is asked to stop there)."""
     code = f"""

@@ -854,7 +854,7 @@ def train(out, work, scale=1.0):
     """Make everything in `out` from nothing; `work` keeps what a killed run needs to go on. scale: of the steps."""
     work.mkdir(parents=True, exist_ok=True)
     steps = {name: max(2, int(n * scale)) for name, n in
-             dict(text=800, vae=2500, latents=1500, polish=400, reward=1700, teacher=3100).items()}
+             dict(text=800, vae=2500, latents=1500, polish=400, reward=1700, teacher=3900).items()}
     encoder, tokenizer, words_right = train_text(work, steps["text"])
     vae = train_vae(work, steps["vae"]).eval().requires_grad_(False)
     reward, pairs_right = train_reward(work, steps["reward"])
