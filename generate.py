@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from wan_causal import (MAX_POSITION, NEGATIVE_PROMPT, InputError, chunk_sizes, find_folder, format_steps, gaussian,
-                        load_checkpoint, load_dit, load_text_encoder, load_vae, ode_trajectory, processes, read_json,
-                        require, rollout, run_script, seeded, sigma_schedule, warped_steps)
+from wan_causal import (MAX_POSITION, NEGATIVE_PROMPT, ChannelNorm, InputError, chunk_sizes, find_folder, format_steps,
+                        gaussian, load_checkpoint, load_dit, load_text_encoder, load_vae, ode_trajectory, processes,
+                        read_json, require, rollout, run_script, seeded, sigma_schedule, warped_steps)
 
 # Wan 2.1's own settings; a model folder may hold a defaults.json with others.
 DEFAULTS = dict(height=480, width=832, frames=81, fps=16, shift=5.0, guidance=5.0, negative=NEGATIVE_PROMPT,
@@ -63,7 +63,7 @@ def parse_args(argv=None):
     g = p.add_argument_group('machine')
     g.add_argument('--device', help='cpu or cuda (default: cuda if there is one)')
     g.add_argument('--dtype', choices=['float32', 'bfloat16'], help='default: bfloat16 on cuda, else float32')
-    g.add_argument('--compile', action='store_true', help='compile the DiT blocks and the decoder (minutes, once)')
+    g.add_argument('--compile', action='store_true', help='compile DiT blocks and decoder norms (a minute, once)')
     g.add_argument('--bench', action='store_true', help='run twice and print a table of times of the second run')
     return p.parse_args(argv)
 
@@ -274,8 +274,9 @@ def main():
         if args.compile:
             for block in model.blocks:
                 block.before, block.after = torch.compile(block.before), torch.compile(block.after)
-            for layer in vae.decoder.upsamples:
-                layer.compile()
+            for layer in vae.decoder.modules():
+                if isinstance(layer, ChannelNorm):
+                    layer.compile(dynamic=True)
         for i in range(process.rank, len(prompts), process.world):
             for _ in range(2 if args.bench else 1):
                 clock = generate((model, vae, text), args, prompts[i], args.seed + i, paths[i], process, settings)
