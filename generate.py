@@ -182,15 +182,16 @@ def latent_chunks(model, args, context, negative, noise, init, generator, settin
         yield chunk.x0
 
 
-def generate(parts, args, prompt, seed, path, process, settings):
-    """One video to `path`; returns the Clock. Frames are written as each chunk is decoded."""
+def generate(parts, args, prompt, seed, path, process, settings, given=None):
+    """One video to `path`; returns the Clock. Frames are written as each chunk is decoded.
+
+    given: the frames of --init, (1, 3, T, H, W), that the video goes on from.
+    """
     model, vae, text = parts
     clock = Clock(process.device, args.bench)
     context = clock.measure('text', text, [prompt]).to(process.device)
     negative = text([args.negative]).to(process.device) if args.bidirectional and args.guidance != 1 else None
-    init = None
-    if args.init:
-        init = vae.encode(read_frames(args.init, args.height, args.width).to(process.device))
+    init = None if given is None else vae.encode(given.to(process.device))
     latent_frames = 1 + (args.frames - 1) // 4
     new = latent_frames - (0 if init is None else init.shape[2])
     if new < 1:
@@ -249,8 +250,7 @@ def main():
     args.fps = defaults['fps']
     prompts = check(args, defaults)
     paths = output_paths(args, prompts)
-    if args.init:
-        read_frames(args.init, args.height, args.width)  # a bad file is told before the models are loaded
+    given = read_frames(args.init, args.height, args.width) if args.init else None  # before any model: may be bad
     with processes(args.device) as process:
         args.dtype = args.dtype or ('bfloat16' if process.device.type == 'cuda' else 'float32')
         args.quiet = process.rank > 0
@@ -279,7 +279,8 @@ def main():
                     layer.compile(dynamic=True)
         for i in range(process.rank, len(prompts), process.world):
             for _ in range(2 if args.bench else 1):
-                clock = generate((model, vae, text), args, prompts[i], args.seed + i, paths[i], process, settings)
+                clock = generate((model, vae, text), args, prompts[i], args.seed + i, paths[i], process, settings,
+                                 given)
             if args.bench:
                 bench_table(clock, args, process)
             seconds = clock.seconds['total'][0]

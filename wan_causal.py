@@ -1193,11 +1193,7 @@ def find_folder(name, patterns=None):
         raise InputError(f'no model folder {name}: give a folder, or a hub repository such as '
                          'Wan-AI/Wan2.1-T2V-1.3B')
     from huggingface_hub import snapshot_download
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=patterns))
-    except Exception as error:
-        raise InputError(f'{name} is no folder here, and the hub did not give it ({type(error).__name__}: '
-                         f'{str(error).splitlines()[0] if str(error) else "no reason"})') from error
+    return from_hub(f'{name} is no folder here', snapshot_download, str(name), allow_patterns=patterns)
 
 
 def find_file(name):
@@ -1208,11 +1204,15 @@ def find_file(name):
             raise InputError(f'no checkpoint file {name}: give a file, or repository:path on the hub')
         return path
     from huggingface_hub import hf_hub_download
-    repository, file = str(name).split(':', 1)
+    return from_hub(f'{name} is no file here', hf_hub_download, *str(name).split(':', 1))
+
+
+def from_hub(what, download, *args, **kwargs):
+    """The path of a download; whatever goes wrong becomes one sentence that begins with `what`."""
     try:
-        return Path(hf_hub_download(repository, file))
+        return Path(download(*args, **kwargs))
     except Exception as error:
-        raise InputError(f'{name} is no file here, and the hub did not give it ({type(error).__name__}: '
+        raise InputError(f'{what}, and the hub did not give it ({type(error).__name__}: '
                          f'{str(error).splitlines()[0] if str(error) else "no reason"})') from error
 
 
