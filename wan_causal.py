@@ -13,6 +13,7 @@ Conventions
   Chunk     the latent frames that are denoised together; `chunks` is the list of their sizes, e.g. [3] * 7.
 Latents are float32 everywhere; the networks convert to their own dtype and back.
 """
+import argparse
 import contextlib
 import dataclasses
 import functools
@@ -22,12 +23,14 @@ import math
 import os
 import re
 import sys
+import time
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 
 class InputError(ValueError):
@@ -488,13 +491,14 @@ class WanModel(nn.Module):
     """Wan 2.1's diffusion transformer: predicts v = eps - x0.
 
     `checkpointing`: recompute each block in the backward pass instead of keeping its activations.
+    `autocast`: compute in this dtype while the weights stay float32 (mixed-precision training); None: in theirs.
     `backend`: how masked attention is computed, see `attend`.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.checkpointing, self.backend = False, 'auto'
+        self.checkpointing, self.autocast, self.backend = False, None, 'auto'
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, stride=config.patch_size)
         self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU('tanh'), nn.Linear(dim, dim))
@@ -522,9 +526,22 @@ class WanModel(nn.Module):
                  last step leaves the history there). With gradient nothing is written and the history is a constant.
         Returns v (B, C, F, H, W), float32.
         """
-        B, C, F_, H, W = self.check_input(x, t, context, layout, cache)
+        self.check_input(x, t, context, layout, cache)
+        # Entered anew by every forward: within one autocast region, weights cast without gradient are kept, and a
+        # later forward with gradient would use them and lose its gradient.
+        with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
+            return self.compute(x, t, context, layout, cache, start)
+
+    @property
+    def dtype(self):
+        """What the activations, and the keys and values in a cache, are computed in."""
+        return self.autocast or self.patch_embedding.weight.dtype
+
+    def compute(self, x, t, context, layout, cache, start):
+        """`forward` on checked input."""
+        B, C, F_, H, W = x.shape
         p, q = H // self.config.patch_size[1], W // self.config.patch_size[2]
-        dtype, write = self.patch_embedding.weight.dtype, cache is not None and not torch.is_grad_enabled()
+        dtype, write = self.dtype, cache is not None and not torch.is_grad_enabled()
         if cache is None:
             layout = layout or bidirectional(F_)
             position, visible = layout.position, layout.visible
@@ -559,7 +576,7 @@ class WanModel(nn.Module):
         return x.permute(0, 6, 1, 2, 4, 3, 5).reshape(B, self.config.out_dim, F_, H, W)
 
     def check_input(self, x, t, context, layout, cache):
-        """Shapes that do not fit raise a ValueError with the shapes; returns x.shape."""
+        """Shapes that do not fit raise a ValueError with the shapes."""
         c = self.config
         shapes = f'x {tuple(x.shape)}, t {tuple(t.shape)}, context {tuple(context.shape)}'
         if x.ndim != 5 or x.shape[1] != c.in_dim or x.shape[3] % 2 or x.shape[4] % 2:
@@ -572,7 +589,6 @@ class WanModel(nn.Module):
             raise ValueError(f'a layout of {len(layout)} frames (and no cache) is for x of as many frames: {shapes}')
         if cache is not None and (cache.k[0].shape[0] != x.shape[0] or cache.tokens * 4 != x.shape[3] * x.shape[4]):
             raise ValueError(f'a cache for batch {cache.k[0].shape[0]} and {cache.tokens} tokens per frame: {shapes}')
-        return x.shape
 
 
 def append(past_k, past_v, k, v):
@@ -891,7 +907,7 @@ def rollout(model, noise, context, steps, chunks, *, window=None, sink=0, init=N
         cache.reset()
     elif len(chunks) > 1 or begin:
         cache = KVCache(net.config, B, min(window or begin + F_, begin + F_), H * W // 4, sink, window is not None,
-                        net.patch_embedding.weight.dtype, noise.device)
+                        net.dtype, noise.device)
 
     def forward(x, t, start):
         return model(x, torch.full((B,), float(t), device=x.device), context, cache=cache, start=start)
@@ -933,8 +949,8 @@ def sigma_schedule(steps=50, shift=5.0):
 
 
 def guided_velocity(model, x, t, context, negative, guidance, **kwargs):
-    """Classifier-free guidance: v_uncond + guidance (v_cond - v_uncond); t a number."""
-    t = torch.full((x.shape[0],), float(t), device=x.device)
+    """Classifier-free guidance: v_uncond + guidance (v_cond - v_uncond); t a number, or (B,)."""
+    t = t if torch.is_tensor(t) else torch.full((x.shape[0],), float(t), device=x.device)
     v = model(x, t, context, **kwargs)
     if guidance == 1:
         return v
@@ -1425,18 +1441,28 @@ def save_checkpoint(path, state, **metadata):
     becomes JSON. Read back by `load_checkpoint` and checked by `require`.
     """
     from safetensors.torch import save_file
-    path = Path(path)
     text = {key: json.dumps(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value)
             if not isinstance(value, str) else value for key, value in metadata.items()}
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    replace_file(Path(path), lambda temporary: save_file(state, temporary, metadata=text))
+
+
+def replace_file(path, write):
+    """write(temporary path), then rename: the file is there whole or not at all."""
+    temporary = path.with_name(f'.{path.stem}.{os.getpid()}{path.suffix}')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, temporary, metadata=text)
+        write(temporary)
         os.replace(temporary, path)
     except OSError as error:
         raise InputError(f'cannot write {path}: {error.strerror or error}') from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def saved_steps(metadata):
+    """The few-step timesteps in a checkpoint's metadata, [] if it names none."""
+    return [float(t) for t in metadata.get('timesteps', '').split(',') if t]
 
 
 def require(metadata, path, **wanted):
@@ -1469,6 +1495,16 @@ class Process:
             return model
         devices = [self.device.index] if self.device.type == 'cuda' else None
         return nn.parallel.DistributedDataParallel(model, device_ids=devices)
+
+    def sync(self, model, now=True):
+        """Context of a backward pass; gradients are averaged over processes only when it is the step's last one."""
+        return contextlib.nullcontext() if self.world == 1 or now else model.no_sync()
+
+    def mean(self, tensor):
+        """The tensor, averaged over processes."""
+        if self.world > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor / self.world
 
     def barrier(self):
         if self.world > 1:
@@ -1519,3 +1555,263 @@ def run_script(main):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Training: what every stage does alike
+
+def training_flags(p, **paper):
+    """Add the flags that all training stages share; `paper`: the defaults of this stage for a real model."""
+    g = p.add_argument_group('data')
+    g.add_argument('--model', default='tests/tiny', help='the Wan model: a folder or hub repository')
+    g.add_argument('--prompts', default='gdhe17/Self-Forcing:vidprom_filtered_extended.txt', metavar='FILE',
+                   help='one prompt per line: a file, or repository:path on the hub')
+    g.add_argument('--held-out', metavar='FILE', help='prompts for the sample videos (default: the last 4 of --prompts)')
+    g.add_argument('--frames', type=int, default=81, help='video frames, 1 + 4k')
+    g.add_argument('--height', type=int, default=480, help='pixels, a multiple of 16')
+    g.add_argument('--width', type=int, default=832, help='pixels, a multiple of 16')
+    g = p.add_argument_group('optimisation')
+    g.add_argument('--steps', type=int, help='optimizer steps')
+    g.add_argument('--batch', type=int, default=1, help='samples per process and backward pass')
+    g.add_argument('--accum', type=int, default=1, help='backward passes per step')
+    g.add_argument('--lr', type=float, default=2e-6, help='learning rate, constant')
+    g.add_argument('--beta1', type=float, default=0.0, help='of AdamW; beta2 is 0.999')
+    g.add_argument('--weight-decay', type=float, default=0.01, help='of AdamW')
+    g.add_argument('--grad-clip', type=float, default=10.0, help='norm to which gradients are clipped')
+    g.add_argument('--ema', type=float, default=0.99, help='decay of the averaged weights, which are the result')
+    g.add_argument('--ema-start', type=int, default=0, help='step from which they are averaged')
+    g.add_argument('--seed', type=int, default=0, help='of everything random')
+    g = p.add_argument_group('files and machine')
+    g.add_argument('--out', help='the run\'s folder')
+    g.add_argument('--resume', action='store_true', help='go on with the run that --out holds, if any')
+    g.add_argument('--save-every', type=int, default=50, help='steps between states to resume from')
+    g.add_argument('--sample-every', type=int, default=50, help='steps between sample videos, 0: none')
+    g.add_argument('--device', help='cpu or cuda (default: cuda if there is one)')
+    g.add_argument('--dtype', choices=['float32', 'bfloat16'],
+                   help='of the computation; trained weights are float32 (default: bfloat16 on cuda, else float32)')
+    g.add_argument('--checkpointing', action=argparse.BooleanOptionalAction, default=True,
+                   help='recompute activations in the backward pass: less memory, more time')
+    p.set_defaults(**paper)
+
+
+def parse_stage(p, stage, argv=None):
+    """Parse and check a stage's flags. A model folder may hold other defaults than the paper's: those at the top level
+    of its defaults.json and under the stage's name there (`prompts`, `held_out`, `init`, ...: files beside it)."""
+    known = vars(p.parse_known_args(argv)[0])
+    file = Path(known['model']) / 'defaults.json'
+    if file.is_file():
+        given = read_json(file)
+        given = {k: v for k, v in {**given, **given.get(stage, {})}.items() if k in known}
+        beside = {k: str(file.parent / v) for k, v in given.items() if isinstance(v, str) and (file.parent / v).exists()}
+        p.set_defaults(**{**given, **beside})
+    args = p.parse_args(argv)
+    if args.frames < 1 or args.frames % 4 != 1:
+        raise InputError(f'--frames {args.frames} is not 1 + 4k: take {max(1, args.frames // 4 * 4 + 1)}')
+    if args.height < 16 or args.width < 16 or args.height % 16 or args.width % 16:
+        raise InputError(f'{args.width}x{args.height} pixels: width and height must be positive multiples of 16')
+    for name, low in (('steps', 1), ('batch', 1), ('accum', 1), ('save_every', 1), ('sample_every', 0), ('chunk', 1)):
+        if (value := getattr(args, name, None)) is not None and value < low:
+            raise InputError(f'--{name.replace("_", "-")} {value} must be at least {low}')
+    return args
+
+
+def latent_shape(args, config):
+    """(C, F, H/8, W/8) of the videos that the flags ask for."""
+    return config.in_dim, 1 + (args.frames - 1) // 4, args.height // 8, args.width // 8
+
+
+def read_prompts(args):
+    """(training prompts, held-out prompts), by the flags --prompts and --held-out."""
+    def lines(name):
+        try:
+            prompts = [line.strip() for line in find_file(name).read_text(encoding='utf-8').splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f'cannot read the prompts file {name}: {error}') from error
+        if not any(prompts):
+            raise InputError(f'the prompts file {name} is empty: it must hold one prompt per line')
+        return [prompt for prompt in prompts if prompt]
+    prompts = lines(args.prompts)
+    if getattr(args, 'held_out', None):
+        return prompts, lines(args.held_out)
+    return prompts[:-4] or prompts, prompts[-4:]
+
+
+def trainable(model, args, device, dtype):
+    """A model whose weights are float32 and computed with in `dtype`; see --dtype and --checkpointing."""
+    model.to(device, torch.float32).train().requires_grad_(True)
+    model.autocast = None if dtype == torch.float32 else dtype
+    model.checkpointing = args.checkpointing
+    return model
+
+
+def sample_numbers(args, process, step, micro=0):
+    """Which of the run's samples this process takes in a backward pass: a range of numbers.
+
+    Step by step the run counts through its samples, however they are split over processes and --accum; prompts and
+    noise belong to the number, so the split does not change the result.
+    """
+    first = ((step * args.accum + micro) * process.world + process.rank) * args.batch
+    return range(first, first + args.batch)
+
+
+def sample_generators(args, numbers, device='cpu'):
+    """One random generator for each sample number."""
+    return [seeded((args.seed << 40) + n, device) for n in numbers]
+
+
+@functools.lru_cache(maxsize=4)
+def permutation(size, seed):
+    return torch.randperm(size, generator=seeded(seed)).tolist()
+
+
+def shuffled(items, number, seed):
+    """The run's item for a sample number: every epoch goes through all items in another order."""
+    epoch, i = divmod(number, len(items))
+    return items[permutation(len(items), (seed << 20) + epoch)[i]]
+
+
+class EMA:
+    """Exponential moving average of a model's weights, in float32; before step `start` simply those weights."""
+
+    def __init__(self, model, decay, start=0):
+        self.decay, self.start = decay, start
+        self.average = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model, step):
+        decay = self.decay if step >= self.start else 0
+        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in model.parameters()], 1 - decay)
+
+    @contextlib.contextmanager
+    def swapped_in(self, model):
+        """The model with the averaged weights, for as long as the context lasts."""
+        self.swap(model)
+        try:
+            yield model
+        finally:
+            self.swap(model)
+
+    @torch.no_grad()
+    def swap(self, model):
+        for name, p in model.named_parameters():
+            p.data, self.average[name] = self.average[name], p.data
+
+    def state_dict(self):
+        return self.average
+
+    def load_state_dict(self, state):
+        for name, value in state.items():
+            self.average[name].copy_(value)
+
+
+class Run:
+    """What a training run keeps in its folder: state.pt to resume from, metrics.jsonl, samples/, and the result.
+
+    parts: name -> anything with state_dict and load_state_dict (models, optimizers, averages). Nothing random needs
+    to be kept, as every generator is seeded by the run's seed and a sample's number or the step.
+    """
+    MAY_CHANGE = ('steps', 'batch', 'accum', 'out', 'resume', 'save_every', 'sample_every', 'device', 'checkpointing')
+
+    def __init__(self, stage, args, process, **parts):
+        self.args, self.process, self.parts, self.folder = args, process, parts, Path(args.out)
+        self.state, self.log = self.folder / 'state.pt', self.folder / 'metrics.jsonl'
+        self.step = self.saved = 0
+        settings = {k: v for k, v in vars(args).items() if k not in self.MAY_CHANGE}
+        self.settings = {'stage': stage, 'samples per step': args.batch * args.accum * process.world, **settings}
+        if self.state.exists():
+            if not args.resume:
+                raise InputError(f'{self.folder} already holds a run: go on with --resume, or give another --out')
+            self.load()
+        elif process.rank == 0:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.log.write_text('')
+            except OSError as error:
+                raise InputError(f'cannot write to {self.folder}: {error.strerror}') from error
+        self.bar = tqdm(total=args.steps, initial=self.step, desc=stage, disable=process.rank > 0, mininterval=1)
+        process.print(f'{stage}: {args.steps} steps of {self.settings["samples per step"]} samples '
+                      f'({args.batch} x {args.accum} accumulated x {process.world} processes), to {self.folder}'
+                      + (f', from step {self.step}' if self.step else ''))
+
+    def load(self):
+        """Take everything back to the saved step, the log too."""
+        saved = read_weights(self.state)[0]
+        for key, value in self.settings.items():
+            if saved['settings'].get(key) != value:
+                raise InputError(f'{self.folder} was begun with {key} = {saved["settings"].get(key)}, not {value}: '
+                                 'resume it with the same flags, or give another --out')
+        for name, part in self.parts.items():
+            part.load_state_dict(saved['parts'][name])
+        self.step = self.saved = saved['step']
+        if self.process.rank == 0:
+            kept = self.log.read_text().splitlines()[:self.step]  # a line per step; those after it are to come again
+            replace_file(self.log, lambda path: path.write_text(''.join(line + '\n' for line in kept)))
+
+    def steps(self):
+        """The steps to do, from 0 on. While one is under way, self.step is its number from 1 on."""
+        for step in range(self.step, self.args.steps):
+            self.step, self.began = step + 1, time.perf_counter()
+            yield step
+            self.bar.update()
+        self.bar.close()
+
+    def check(self, **metrics):
+        """Metrics (numbers or tensors), averaged over processes; what is not finite stops the run in words."""
+        names = list(metrics)
+        values = torch.tensor([float(metrics[name]) for name in names], device=self.process.device)
+        values = dict(zip(names, self.process.mean(values).tolist()))
+        for name, value in values.items():
+            if not math.isfinite(value):
+                last = f'the last good state is step {self.saved} in {self.state}' if self.saved else 'no step was saved'
+                raise InputError(f'{name} is {value} at step {self.step}; {last}; try a lower --lr')
+        return values
+
+    def report(self, **metrics):
+        """Log the step: a line in metrics.jsonl and on the screen."""
+        metrics = {'step': self.step, **metrics, 'seconds': time.perf_counter() - self.began,
+                   'peak_gib': peak_memory(self.process.device)}
+        if self.process.rank == 0:
+            with open(self.log, 'a') as file:
+                file.write(json.dumps({k: round(v, 6) for k, v in metrics.items()}) + '\n')
+            text = '  '.join(f'{k} {v:<9.4g}' for k, v in metrics.items() if k != 'step')
+            tqdm.write(f'step {self.step:>6}  {text}', file=sys.stdout)
+            sys.stdout.flush()
+
+    def due(self, every):
+        """Whether something that happens every so many steps, and after the last one, happens now."""
+        return every > 0 and (self.step % every == 0 or self.step == self.args.steps)
+
+    def save(self, result, timesteps, **metadata):
+        """Write all that a resumed run needs, and the result: weights for the next stage in model.safetensors."""
+        if self.process.rank == 0:
+            content = {'step': self.step, 'settings': self.settings,
+                       'parts': {name: part.state_dict() for name, part in self.parts.items()}}
+            replace_file(self.state, lambda path: torch.save(content, path))
+            save_checkpoint(self.folder / 'model.safetensors', result, stage=self.settings['stage'], step=self.step,
+                            timesteps=','.join(f'{t:.10g}' for t in timesteps), **metadata)
+        self.saved = self.step
+        self.process.barrier()
+
+    @torch.no_grad()
+    def samples(self, model, vae, text, prompts, shape, steps, chunks):
+        """Videos (1, 3, T, H, W) of this process's share of the held-out prompts, each (prompt, video) also written
+        to samples/step_<step>/<i>.mp4; prompt i has the same noise every time."""
+        import imageio
+        folder = self.folder / 'samples' / f'step_{self.step:06d}'
+        for i in range(self.process.rank, len(prompts), self.process.world):
+            random = seeded(i, self.process.device)
+            noise = gaussian((1, *shape), random, self.process.device)
+            rolled = rollout(model, noise, text(prompts[i:i + 1]), steps, chunks, generator=random)
+            video = vae.decode(torch.cat([chunk.x0 for chunk in rolled], dim=2))
+            frames = ((video[0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+            replace_file(folder / f'{i}.mp4', lambda path: imageio.mimwrite(path, frames, fps=16, macro_block_size=2))
+            yield prompts[i], video
+
+
+def peak_memory(device):
+    """GiB: of the GPU since the start, or of the process on CPU."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    import resource
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2 ** (30 if sys.platform == 'darwin' else 20)  # bytes on macOS, KiB elsewhere

@@ -520,17 +520,21 @@ def is_kernel(name, p):
     return p.ndim >= 4 and min(p.shape[0], p[0].numel()) > 1
 
 
-def encode_library(folder, vae, clips):
-    """Latents (N, 16, 15, 8, 8) of `clips` training clips, before normalisation, and their captions; kept on disk."""
-    path = folder / "latents.pt"
-    if not path.exists():
-        video, _, captions = library(split()[0], clips, 57, seed=2)
-        with torch.no_grad():
-            latents = torch.cat([vae.encode(video[i:i + 4] / 127.5 - 1)
-                                 for i in tqdm(range(0, clips, 4), desc="latents", mininterval=10)])
-        torch.save({"latents": latents, "captions": captions}, path)
-    saved = torch.load(path, weights_only=True)
-    return saved["latents"], saved["captions"]
+def encode_library(folder, vae, clips, part=1500):
+    """Latents (N, 16, 15, 8, 8) of training clips, before normalisation, and their captions; kept on disk in parts."""
+    latents, captions = [], []
+    for k in range(0, clips, part):
+        path = folder / f"latents{k}.pt"
+        if not path.exists():
+            video, _, chosen = library(split()[0], min(part, clips - k), 57, seed=2 + k)
+            with torch.no_grad():
+                z = torch.cat([vae.encode(video[i:i + 16] / 127.5 - 1)
+                               for i in tqdm(range(0, len(video), 16), desc="latents", mininterval=10)])
+            torch.save({"latents": z, "captions": chosen}, path)
+        saved = torch.load(path, weights_only=True)
+        latents.append(saved["latents"])
+        captions += saved["captions"]
+    return torch.cat(latents), captions
 
 
 def polish_decoder(folder, vae, latents, captions_seed, steps):
@@ -627,10 +631,12 @@ def train_text(folder, steps):
 
 # --------------------------------------------------------------------------------------- the parts: teacher
 
-def train_teacher(folder, latents, captions, text, steps):
-    """A bidirectional Wan by flow matching on normalised latents (N, 16, 15, 8, 8)."""
+def train_teacher(name, folder, latents, captions, text, steps, start=None):
+    """A bidirectional Wan by flow matching on normalised latents (N, 16, 15, 8, 8), from the weights of `start`."""
     torch.manual_seed(3)
     model = WanModel(CONFIGS["tiny"])
+    if start is not None:
+        model.load_state_dict(start.state_dict())
     for block in model.blocks:
         block.compile(dynamic=False)
     index = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
@@ -650,7 +656,7 @@ def train_teacher(folder, latents, captions, text, steps):
         eps = torch.randn(x0.shape, generator=random)
         return (model(add_noise(x0, eps, t), t, context) - (eps - x0)).square().mean()
 
-    fit("teacher", folder, model, loss_of, steps, lr=1.5e-3, warmup=150, ema=0.999,
+    fit(name, folder, model, loss_of, steps, lr=1.5e-3, warmup=150, ema=0.999,
         matrices=lambda n, p: n.startswith("blocks") and p.ndim == 2)
     return model
 
@@ -793,14 +799,23 @@ def export(out, vae, mean, std, encoder, tokenizer, teacher, reward):
         "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
         "transformer": ["diffusers", "WanTransformer3DModel"], "vae": ["diffusers", "AutoencoderKLWan"]})
     write_json(out / "defaults.json", DEFAULTS)
+    captions, held_out = split()
+    for name, lines in (("prompts.txt", captions), ("held_out.txt", held_out), ("held_out_few.txt", held_out[3::50])):
+        (out / name).write_text("\n".join(lines) + "\n")
     sizes = {**REWARD_CONFIG, "mean": reward.mean, "std": reward.std}
     save_half({ImageReward.published_key(k): v for k, v in reward.state_dict().items()}, out / "reward_model",
               "ImageReward.safetensors", {"config": json.dumps(sizes)})
     reward.tokenizer.save_pretrained(out / "reward_model/tokenizer")
 
 
-# How generate.py samples the tiny model; the teacher saw its training noise at the same shift.
-DEFAULTS = {"height": 64, "width": 64, "frames": 57, "fps": 16, "shift": 3.0, "guidance": 3.0, "negative": ""}
+# How generate.py samples the tiny model (the teacher saw its training noise at the same shift), and what each stage's
+# flags are for it instead of the paper's values.
+DEFAULTS = {
+    "height": 64, "width": 64, "frames": 57, "fps": 16, "shift": 3.0, "guidance": 3.0, "negative": "",
+    "prompts": "prompts.txt", "held_out": "held_out_few.txt", "checkpointing": False, "accum": 1, "batch": 8,
+    "ema_start": 0, "reward_model": "reward_model",
+    "distill_dmd": {"steps": 300, "lr": 2e-4, "critic_lr": 2e-4, "ratio": 2, "sample_every": 100},
+}
 
 
 def reconstruct(vae, captions, seed=7):

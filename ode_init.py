@@ -1,0 +1,287 @@
+"""Stage: ODE trajectories of the teacher, then a causal student that regresses them ("ODE only").
+
+Papers: CausVid (arXiv 2412.07772) 4.2; Self Forcing (2506.08009); Reward-Forcing 3.2 and 3.4: few trajectories teach the
+motion, the texture comes from the reward.
+
+sample  for each prompt: x = noise; solve dx/dsigma = v(x, sigma) with guidance, Euler steps; keep x at the student's few
+        timesteps t_1 = 1000 > ... > t_K and at the end: a trajectory (K + 1, C, F, H, W)
+train   each chunk of frames draws one of the K + 1 states (the last one is clean, t = 0); one block-causal forward over
+        all frames, with a timestep per frame; loss = mean (x0 - clean)^2 over the frames with t > 0
+
+  paper                         code
+  {x_t_i}, i = 1..K and x_0     trajectory
+  G_phi(x_t, t)                 x0_from_v(x_t, generator(...), t)
+
+The solver's grid contains the student's timesteps exactly, at the student's shift. Differs from the public scripts, which
+solve at shift 8 and keep states at t = 1000, 960, 889, 727, while the student runs at 1000, 937.5, 833.3, 625.
+
+    python ode_init.py sample --out runs/trajectories && \\
+    python ode_init.py train --data runs/trajectories --init runs/student/model.safetensors --out runs/ode   # tiny, CPU
+    torchrun --standalone --nproc_per_node 8 ode_init.py sample --model Wan-AI/Wan2.1-T2V-1.3B --out runs/trajectories
+    torchrun --standalone --nproc_per_node 8 ode_init.py train --model Wan-AI/Wan2.1-T2V-1.3B --data runs/trajectories \\
+        --init runs/student/model.safetensors --accum 8 --out runs/ode
+"""
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from tqdm import tqdm
+
+from wan_causal import (EMA, NEGATIVE_PROMPT, InputError, Run, block_causal, chunk_sizes, find_folder, format_steps,
+                        gaussian, latent_shape, load_checkpoint, load_dit, load_text_encoder, load_vae, ode_trajectory,
+                        parse_stage, processes, read_prompts, replace_file, require, run_script, sample_generators,
+                        sample_numbers, shuffled, trainable, training_flags, warped_steps, x0_from_v)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The solver's grid and the loss
+
+def solver_grid(timesteps, shift, count):
+    """Noise levels from 1 to 0 in about `count` Euler steps that contain `timesteps` exactly: (sigmas, indices).
+
+    Even in the unshifted sigma between two timesteps. timesteps fall from 1000; indices: where they are in `sigmas`.
+    """
+    edges = [t / 1000 / (shift - (shift - 1) * t / 1000) for t in timesteps] + [0.0]  # inverse of shift_sigma
+    sigmas, indices = [], []
+    for t, high, low in zip(timesteps, edges, edges[1:]):
+        indices.append(len(sigmas))
+        n = max(1, round(count * (high - low)))
+        between = [high + (low - high) * i / n for i in range(1, n)]
+        sigmas += [t / 1000] + [shift * u / (1 + (shift - 1) * u) for u in between]
+    return sigmas + [0.0], indices + [len(sigmas)]
+
+
+def pick_states(trajectory, index):
+    """trajectory (B, K + 1, C, F, H, W), index (B, F): which state each frame takes -> (B, C, F, H, W)."""
+    B, _, C, F, H, W = trajectory.shape
+    index = index.view(B, 1, 1, F, 1, 1).expand(B, 1, C, F, H, W)
+    return trajectory.gather(1, index).squeeze(1)
+
+
+def regression_loss(x0, clean, t):
+    """Mean squared error over the frames with t > 0, per sample, then over samples; x0, clean (B, C, F, H, W), t (B, F).
+
+    CausVid eq. 6. A clean frame (t = 0) is input, and has nothing to be learned.
+    """
+    noisy = (t > 0).float()  # (B, F)
+    error = (x0 - clean).square().mean(dim=(1, 3, 4))  # (B, F)
+    return ((error * noisy).sum(1) / noisy.sum(1).clamp(min=1)).mean()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Trajectories on disk: shards of a fixed range of numbers, each written whole or not at all
+
+def shard_path(folder, first):
+    return Path(folder) / f'trajectories_{first:06d}.safetensors'
+
+
+class Trajectories:
+    """The trajectories in a folder: len(), and [i] -> ((K + 1, C, F, H, W) float32, prompt)."""
+
+    def __init__(self, folder):
+        self.where, self.files, self.settings = [], {}, None
+        for path in sorted(Path(folder).glob('trajectories_*.safetensors')):
+            try:
+                file = self.files[path] = safe_open(path, 'pt')
+                settings, prompts = json.loads(file.metadata()['settings']), json.loads(file.metadata()['prompts'])
+                self.where += [(path, i, prompt) for i, prompt in enumerate(prompts)]
+            except Exception as error:
+                raise InputError(f'{path} is not a shard of trajectories, or is damaged: delete it, then run '
+                                 'ode_init.py sample again') from error
+            if settings != (self.settings or settings):
+                raise InputError(f'{path} was sampled with other settings than the shards before it: '
+                                 'use one folder for each setting')
+            self.settings = settings
+        if not self.where:
+            raise InputError(f'{folder} holds no trajectories: make them with ode_init.py sample --out {folder}')
+
+    def __len__(self):
+        return len(self.where)
+
+    def __getitem__(self, i):
+        path, row, prompt = self.where[i]
+        return self.files[path].get_slice('trajectory')[row].float(), prompt
+
+
+# ----------------------------------------------------------------------------------------------------------
+
+def parse_args(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    p = argparse.ArgumentParser(description='ODE trajectories of the teacher (sample), and their regression (train).',
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument('verb', choices=['sample', 'train'], help='what to do; `ode_init.py VERB --help` shows its flags')
+    verb = argv[0] if argv else None
+    if verb == 'train':
+        training_flags(p, out='runs/ode', steps=3000, beta1=0.9, accum=8)
+        g = p.add_argument_group('regression')
+        g.add_argument('--data', default='runs/trajectories', metavar='FOLDER', help='what `sample` wrote')
+        g.add_argument('--init', metavar='FILE', help='few-step student to start from (default: --model)')
+        g.add_argument('--chunk', type=int, default=3, help='latent frames per chunk; 1 is frame-wise')
+    elif verb == 'sample':
+        p.add_argument('--model', default='tests/tiny', help='the teacher: a folder or hub repository')
+        p.add_argument('--prompts', default='gdhe17/Self-Forcing:vidprom_filtered_extended.txt', metavar='FILE',
+                       help='one per line, a file or repository:path on the hub; --count of them are drawn')
+        p.add_argument('--count', type=int, default=1400, help='trajectories')
+        p.add_argument('--frames', type=int, default=81, help='video frames, 1 + 4k')
+        p.add_argument('--height', type=int, default=480, help='pixels, a multiple of 16')
+        p.add_argument('--width', type=int, default=832, help='pixels, a multiple of 16')
+        p.add_argument('--steps', type=int, default=48, help='Euler steps')
+        p.add_argument('--shift', type=float, default=5.0, help='timestep shift, which must be the student\'s')
+        p.add_argument('--guidance', type=float, default=6.0, help='classifier-free guidance, 1 is off')
+        p.add_argument('--negative', default=NEGATIVE_PROMPT, help='negative prompt')
+        p.add_argument('--batch', type=int, default=1, help='trajectories solved at once')
+        p.add_argument('--shard', type=int, default=8, help='trajectories per file')
+        p.add_argument('--seed', type=int, default=0, help='of the noise')
+        p.add_argument('--out', default='runs/trajectories', help='the folder of the shards')
+        p.add_argument('--device', help='cpu or cuda (default: cuda if there is one)')
+        p.add_argument('--dtype', choices=['float32', 'bfloat16'], help='default: bfloat16 on cuda, else float32')
+    args = parse_stage(p, f'ode_init {verb}', argv)
+    if verb == 'sample' and (args.count < 1 or args.shard < 1):
+        raise InputError(f'--count {args.count} and --shard {args.shard} must be at least 1')
+    return args
+
+
+@torch.no_grad()
+def sample(args, process):
+    """Solve --count trajectories; shards that exist already are kept."""
+    # --- setup
+    device, out = process.device, Path(args.out)
+    dtype = getattr(torch, args.dtype or ('bfloat16' if device.type == 'cuda' else 'float32'))
+    timesteps = warped_steps(shift=args.shift)
+    sigmas, kept = solver_grid(timesteps, args.shift, args.steps)
+    prompts, _ = read_prompts(args)
+    folder = find_folder(args.model)
+    settings = {key: getattr(args, key) for key in ('model', 'prompts', 'count', 'frames', 'height', 'width', 'steps',
+                                                    'shift', 'guidance', 'negative', 'shard', 'seed')}
+    settings['timesteps'] = timesteps
+    if any(out.glob('trajectories_*.safetensors')) and (old := Trajectories(out).settings) != settings:
+        key = next(key for key in settings if old.get(key) != settings[key])
+        raise InputError(f'{out} holds trajectories with {key} = {old.get(key)}, not {settings[key]}: '
+                         'give the same flags to go on, or another --out')
+
+    # --- models
+    model = load_dit(folder, dtype, device).eval()
+    text = load_text_encoder(folder, dtype, device)
+    shape = latent_shape(args, model.config)
+    negative = text([args.negative])
+
+    # --- what is to be done
+    shards = [range(first, min(first + args.shard, args.count)) for first in range(0, args.count, args.shard)]
+    missing = [shard for shard in shards if not shard_path(out, shard[0]).exists()]
+    each = 2 * len(kept) * torch.Size(shape).numel()  # bytes, float16
+    need = each * sum(map(len, missing))
+    process.print(f'timesteps {format_steps(timesteps)} and 0, out of {len(sigmas) - 1} Euler steps at guidance '
+                  f'{args.guidance}\n{args.count} trajectories of {each / 2 ** 20:.1f} MiB, {args.count * each / 1e9:.2f} '
+                  f'GB on disk in all; {sum(map(len, missing))} to be made, {need / 1e9:.2f} GB')
+    replace_file(out / '.probe', Path.touch)
+    (out / '.probe').unlink(missing_ok=True)
+    if need > shutil.disk_usage(out).free:
+        raise InputError(f'{out} has {shutil.disk_usage(out).free / 1e9:.2f} GB free, but {need / 1e9:.2f} GB are '
+                         'needed: take fewer with --count, or another --out')
+    process.barrier()
+
+    # --- loop
+    mine = missing[process.rank::process.world]
+    bar = tqdm(total=sum(map(len, mine)), desc='trajectories', unit='', disable=process.rank > 0, mininterval=1)
+    for shard in mine:
+        done = []
+        for first in range(shard[0], shard[-1] + 1, args.batch):
+            numbers = range(first, min(first + args.batch, shard[-1] + 1))
+            generators = sample_generators(args, numbers, device)  # of the trajectory's number, not of the rank's turn
+            noise = gaussian((len(numbers), *shape), generators, device)
+            context = text([shuffled(prompts, n, args.seed) for n in numbers])
+            states = ode_trajectory(model, noise, context, negative.expand(len(numbers), -1, -1), sigmas, args.guidance,
+                                    'euler')
+            done.append(torch.stack([x for i, x in enumerate(states) if i in kept], dim=1))  # (B, K + 1, C, F, H, W)
+            bar.update(len(numbers))
+        trajectory = torch.cat(done).half().cpu()
+        if not trajectory.isfinite().all():
+            raise InputError(f'trajectories {shard[0]} to {shard[-1]} are not finite: lower --guidance, or use '
+                             '--dtype float32')
+        save_shard(shard_path(out, shard[0]), trajectory, [shuffled(prompts, n, args.seed) for n in shard], settings)
+    bar.close()
+    process.barrier()
+    process.print(f'{out}: {len(Trajectories(out))} trajectories')
+
+
+def save_shard(path, trajectory, prompts, settings):
+    """One shard, whole or not at all."""
+    from safetensors.torch import save_file
+    metadata = {'prompts': json.dumps(prompts), 'settings': json.dumps(settings)}
+    replace_file(path, lambda temporary: save_file({'trajectory': trajectory}, temporary, metadata=metadata))
+
+
+def train(args, process):
+    """Regress the trajectories' clean endpoint with a block-causal student."""
+    # --- setup
+    device = process.device
+    dtype = getattr(torch, args.dtype or ('bfloat16' if device.type == 'cuda' else 'float32'))
+    data = Trajectories(args.data)
+    timesteps, shift = data.settings['timesteps'], data.settings['shift']
+    args.frames, args.height, args.width = (data.settings[key] for key in ('frames', 'height', 'width'))
+    _, held_out = read_prompts(args)
+    process.print(f'timesteps {format_steps(timesteps)}; chunks of {args.chunk} latent frames; {len(data)} of '
+                  f'{data.settings["count"]} trajectories')
+
+    # --- models
+    folder = find_folder(args.model)
+    text, vae = load_text_encoder(folder, dtype, device), load_vae(folder, dtype, device)
+    net = trainable(load_dit(folder), args, device, dtype)
+    if args.init:
+        require(load_checkpoint(net, args.init), args.init, kind='bidirectional')
+    generator = process.wrap(net)
+    shape = latent_shape(args, net.config)
+    chunks = chunk_sizes(shape[1], args.chunk)
+    layout = block_causal(chunks)
+    levels = torch.tensor([*timesteps, 0.0], device=device)
+
+    # --- optimizer
+    ema = EMA(net, args.ema, args.ema_start)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(args.beta1, 0.999),
+                                  weight_decay=args.weight_decay)
+    run = Run('ode_init', args, process, generator=net, ema=ema, optimizer=optimizer)
+
+    # --- loop
+    for step in run.steps():
+        loss = 0
+        for micro in range(args.accum):
+            numbers = sample_numbers(args, process, step, micro)
+            trajectory, prompts = zip(*(shuffled(data, n, args.seed) for n in numbers))
+            trajectory, context = torch.stack(trajectory).to(device), text(list(prompts)).float()
+            index = torch.stack([torch.randint(len(levels), (len(chunks),), generator=g)  # a state per chunk
+                                 for g in sample_generators(args, numbers)]).to(device)
+            index = index.repeat_interleave(torch.tensor(chunks, device=device), dim=1)  # (B, F)
+            x_t, t = pick_states(trajectory, index), levels[index]
+            with process.sync(generator, micro == args.accum - 1):
+                x0 = x0_from_v(x_t, generator(x_t, t, context, layout), t)
+                micro_loss = regression_loss(x0, trajectory[:, -1], t) / args.accum
+                micro_loss.backward()
+            loss += micro_loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip)
+        metrics = run.check(loss=loss, grad_norm=norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update(net, step)
+
+        # --- log, sample, save
+        run.report(**metrics)
+        if run.due(args.sample_every):
+            with ema.swapped_in(net):
+                for _ in run.samples(net, vae, text, held_out, shape, timesteps, chunks):
+                    pass
+        if run.due(args.save_every):
+            run.save(ema.average, timesteps, kind='causal', chunk=args.chunk, shift=shift, config=net.config)
+
+
+def main():
+    args = parse_args()
+    with processes(args.device) as process:
+        {'sample': sample, 'train': train}[args.verb](args, process)
+
+
+if __name__ == '__main__':
+    run_script(main)

@@ -1,0 +1,217 @@
+"""Stage: reward forcing: a causal few-step generator learns texture from an image reward on its own rollouts.
+
+Paper: Reward-Forcing 3.2 (loss), 3.4 and B (settings), 5.2 (which frames); rollout of Self Forcing (arXiv 2506.08009);
+ImageReward (2304.05977).
+
+One step:
+  1. roll out a video chunk by chunk with the KV cache, as at inference; every chunk stops at a shared exit step
+  2. decode it, score the last frame:  r = R(frame, prompt)
+  3. g = dr/dx0, through the reward and the decoder, for the rewarded latent frames alone
+  4. loss = -<sg(g), x0>, whose gradient is that of -r: through the exit step of the chunks that hold those frames.
+     The history (the cache) is a constant.
+No teacher, no critic, no data but prompts.
+
+  paper        code                 paper        code
+  G_theta      generator            R            reward
+  x^_T         video[:, :, -1]      z            noise
+
+Differs from the paper: nothing known; where it is silent: exit step drawn at random (Self Forcing), no warm-up.
+
+    python reward_forcing.py --init runs/ode/model.safetensors --out runs/reward           # tiny model, CPU, minutes
+    torchrun --standalone --nproc_per_node 8 reward_forcing.py --model Wan-AI/Wan2.1-T2V-1.3B \\
+        --init runs/ode/model.safetensors --out runs/reward                                # batch 8, as in the paper
+A reward of your own, any callable (video (B, 3, T, H, W) in [-1, 1], prompts) -> (B,): --reward my_module:my_function
+"""
+import argparse
+import importlib
+import random
+import sys
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from wan_causal import (EMA, InputError, Run, chunk_sizes, find_folder, format_steps, gaussian, latent_shape,
+                        load_checkpoint, load_dit, load_image_reward, load_text_encoder, load_vae, parse_stage,
+                        processes, read_prompts, require, rollout, run_script, sample_generators, sample_numbers,
+                        saved_steps, shuffled, trainable, training_flags, warped_steps)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Rewards
+
+def frame_reward(model):
+    """An ImageReward model -> a reward of videos: the mean score of the frames."""
+    def reward(video, prompts):
+        frames = video.unbind(2)
+        if len(frames) == 1:
+            return model.score(frames[0], prompts)
+        # one frame's activations at a time; the rest is recomputed in the backward pass
+        return torch.stack([checkpoint(model.score, f, prompts, use_reentrant=False) for f in frames]).mean(0)
+    return reward
+
+
+def load_reward(args, folder, device):
+    """The reward that --reward names: 'imagereward', or `module:function` of the user's own."""
+    if args.reward == 'imagereward':
+        return frame_reward(load_image_reward(args.reward_model, device))
+    module, _, function = args.reward.partition(':')
+    sys.path.insert(0, '')  # a module in the current folder
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f'--reward {args.reward} cannot be loaded ({error}): give imagereward, or module:function of '
+                         'a callable (video (B, 3, T, H, W), prompts) -> (B,)') from error
+
+
+def rewarded_frames(mode, frames, random):
+    """Which of a video's frames are rewarded: 'last', 'random' (one of them) or 'all'. Paper 3.2 and 5.2."""
+    return {'last': [frames - 1], 'random': [random.randrange(frames)], 'all': list(range(frames))}[mode]
+
+
+def latent_frame(frame):
+    """The latent frame that a video frame is decoded from: 0 | 1 1 1 1 | 2 2 2 2 | ..."""
+    return (frame + 3) // 4
+
+
+def chunk_of(chunks, frame):
+    """Index of the chunk that holds a latent frame."""
+    return next(i for i in range(len(chunks)) if frame < sum(chunks[:i + 1]))
+
+
+def latent_motion(x0):
+    """Mean absolute difference of neighbouring latent frames, x0 (B, C, F, H, W): falls when videos become static."""
+    return x0.diff(dim=2).abs().mean() if x0.shape[2] > 1 else x0.new_zeros(())
+
+
+def reward_gradient(reward, vae, latents, prompts, frames):
+    """Rewards (B,) of some video frames, and their gradient in the latents (B, C, F, H, W), zero where not rewarded.
+
+    `frames`, ascending. The video is decoded once without a graph, up to the last frame that is needed. The reward's
+    gradient in the pixels is then taken back through the decoder for one latent frame at a time, from the decoder's
+    memory of the earlier ones, which is a constant: memory does not grow with the number of frames.
+    """
+    where = [latent_frame(frame) for frame in frames]
+    cache, memory, video = {}, {}, []
+    with torch.no_grad():
+        for i in range(where[-1] + 1):
+            if i in where:
+                memory[i] = dict(cache)  # the tensors in it are replaced by later frames, never written to
+            video.append(vae.decode(latents[:, :, i:i + 1], cache))
+        video = torch.cat(video, dim=2)
+    picked = video[:, :, frames].requires_grad_()  # (B, 3, len(frames), H, W)
+    with torch.enable_grad():
+        rewards = reward(picked, prompts)
+        if tuple(rewards.shape) != (len(prompts),):
+            raise InputError(f'the reward returned shape {tuple(rewards.shape)} for a video {tuple(picked.shape)} and '
+                             f'{len(prompts)} prompts: it must be ({len(prompts)},)')
+        pixels = torch.zeros_like(video)
+        pixels[:, :, frames], = torch.autograd.grad(rewards.sum(), picked)
+        gradient = torch.zeros_like(latents)
+        for i, remembered in memory.items():
+            z = latents[:, :, i:i + 1].detach().requires_grad_()
+            shown = vae.decode(z, remembered)
+            start = max(0, 4 * i - 3)
+            gradient[:, :, i:i + 1], = torch.autograd.grad(shown, z, pixels[:, :, start:start + shown.shape[2]])
+    return rewards.detach(), gradient
+
+
+# ----------------------------------------------------------------------------------------------------------
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description='Reward feedback on the rollouts of a causal generator.',
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    training_flags(p, out='runs/reward_forcing', steps=600)
+    g = p.add_argument_group('reward forcing')
+    g.add_argument('--init', metavar='FILE', help='causal few-step generator to start from')
+    g.add_argument('--reward', default='imagereward', help='imagereward, or module:function')
+    g.add_argument('--reward-model', default='THUDM/ImageReward', help='ImageReward\'s folder or hub repository')
+    g.add_argument('--reward-frames', choices=['last', 'random', 'all'], default='last', help='which frames it sees')
+    g.add_argument('--exit-step', choices=['random', 'last'], default='random',
+                   help='the denoising step whose prediction is rewarded, shared by all chunks')
+    g.add_argument('--chunk', type=int, help='latent frames per chunk; 1 is frame-wise (default: as --init)')
+    args = parse_stage(p, 'reward_forcing', argv)
+    if not args.init:
+        raise InputError('no --init: reward forcing starts from a causal few-step generator, such as the result of '
+                         'ode_init.py train')
+    return args
+
+
+def main():
+    args = parse_args()
+    with processes(args.device) as process:
+        train(args, process)
+
+
+def train(args, process):
+    # --- setup
+    device = process.device
+    dtype = getattr(torch, args.dtype or ('bfloat16' if device.type == 'cuda' else 'float32'))
+    prompts, held_out = read_prompts(args)
+
+    # --- models
+    folder = find_folder(args.model)
+    text, vae = load_text_encoder(folder, dtype, device), load_vae(folder, dtype, device)
+    reward = load_reward(args, folder, device)
+    net = trainable(load_dit(folder), args, device, dtype)
+    metadata = load_checkpoint(net, args.init)
+    require(metadata, args.init, kind='causal')
+    generator = process.wrap(net)
+    steps, chunk = saved_steps(metadata) or warped_steps(), args.chunk or int(metadata.get('chunk', 3))
+    shape = latent_shape(args, net.config)
+    chunks = chunk_sizes(shape[1], chunk)
+    process.print(f'timesteps {format_steps(steps)}; chunks of {chunk} latent frames; reward: {args.reward} of '
+                  f'{args.reward_frames} frame{"s" * (args.reward_frames == "all")}')
+
+    # --- optimizer
+    ema = EMA(net, args.ema, args.ema_start)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(args.beta1, 0.999),
+                                  weight_decay=args.weight_decay)
+    run = Run('reward_forcing', args, process, generator=net, ema=ema, optimizer=optimizer)
+
+    # --- loop
+    for step in run.steps():
+        steer = random.Random(f'{args.seed} {step}')  # the same on all ranks
+        exit_step = steer.randrange(len(steps)) if args.exit_step == 'random' else len(steps) - 1
+        frames = rewarded_frames(args.reward_frames, args.frames, steer)
+        first, last = chunk_of(chunks, latent_frame(frames[0])), chunk_of(chunks, latent_frame(frames[-1]))
+        rolled = chunks[:last + 1]  # nothing after the last rewarded frame is needed
+        rewards, motion = [], 0
+        for micro in range(args.accum):
+            numbers = sample_numbers(args, process, step, micro)
+            captions = [shuffled(prompts, n, args.seed) for n in numbers]
+            generators = sample_generators(args, numbers, device)
+            context, noise = text(captions).float(), gaussian((args.batch, *shape), generators, device)
+            with process.sync(generator, micro == args.accum - 1):
+                parts = rollout(generator, noise[:, :, :sum(rolled)], context, steps, rolled, exit_step=exit_step,
+                                grad_from=sum(chunks[:first]), generator=generators)
+                x0 = torch.cat([part.x0 for part in parts], dim=2)  # (B, C, F, H, W)
+                r, gradient = reward_gradient(reward, vae, x0.detach(), captions, frames)
+                loss = -(gradient * x0).sum() / (args.batch * args.accum)  # gradient of the mean of -r
+                loss.backward()
+            rewards.append(r)
+            motion += latent_motion(x0.detach()).item() / args.accum
+        rewards = torch.cat(rewards)
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip)
+        metrics = run.check(reward=rewards.mean(), square=rewards.square().mean(), motion=motion, grad_norm=norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update(net, step)
+
+        # --- log, sample, save
+        spread = max(0, metrics.pop('square') - metrics['reward'] ** 2) ** 0.5
+        metrics = {'reward': metrics.pop('reward'), 'spread': spread, 'exit': exit_step, **metrics}
+        if run.due(args.sample_every):
+            sums = torch.zeros(3, device=device)  # reward, motion, how many
+            with ema.swapped_in(net), torch.no_grad():
+                for prompt, video in run.samples(net, vae, text, held_out, shape, steps, chunks):
+                    seen = video if args.reward_frames == 'all' else video[:, :, -1:]
+                    sums += torch.stack([reward(seen, [prompt])[0], video.diff(dim=2).abs().mean(), sums.new_ones(())])
+            sums = process.mean(sums)
+            metrics |= {'held_out': (sums[0] / sums[2]).item(), 'held_out_motion': (sums[1] / sums[2]).item()}
+        run.report(**metrics)
+        if run.due(args.save_every):
+            run.save(ema.average, steps, kind='causal', chunk=chunk, config=net.config)
+
+
+if __name__ == '__main__':
+    run_script(main)
