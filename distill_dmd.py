@@ -26,11 +26,10 @@ import random
 
 import torch
 
-from wan_causal import (EMA, InputError, Run, add_noise, find_folder, format_steps, gaussian, guided_velocity,
-                        latent_shape, load_checkpoint, load_dit, load_text_encoder, load_vae, parse_stage, processes,
-                        read_prompts, require, rollout, run_script, sample_generators, sample_numbers, save_checkpoint,
-                        saved_steps, shift_sigma, shuffled, trainable, training_flags, warped_steps, x0_from_v,
-                        NEGATIVE_PROMPT)
+from wan_causal import (EMA, NEGATIVE_PROMPT, InputError, Run, add_noise, find_folder, format_steps, gaussian,
+                        guided_velocity, latent_shape, load_checkpoint, load_dit, load_text_encoder, load_vae,
+                        parse_stage, processes, read_prompts, require, rollout, run_script, sample_generators,
+                        sample_numbers, shift_sigma, shuffled, trainable, training_flags, warped_steps, x0_from_v)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -125,7 +124,7 @@ def train(args, process):
         require(load_checkpoint(net, args.init), args.init, kind='bidirectional')
     teacher = load_dit(args.teacher or folder, dtype, device).eval().requires_grad_(False)  # frozen
     generator, critic = process.wrap(net), process.wrap(critic_net)
-    negative = text([args.negative]).float()
+    negative = text([args.negative] * args.batch).float()
     shape = latent_shape(args, net.config)
 
     # --- optimizers
@@ -169,8 +168,8 @@ def train(args, process):
             noise, context, exit_step, generators = draw(update + 1, micro)
             with process.sync(generator, micro == args.accum - 1):
                 x0 = student_sample(generator, noise, context, steps, exit_step, generators)
-                direction = compare_scores(x0.detach(), teacher, critic_net, context, negative.expand(args.batch, -1, -1),
-                                           args.guidance, args.shift, generators)
+                direction = compare_scores(x0.detach(), teacher, critic_net, context, negative, args.guidance,
+                                           args.shift, generators)
                 (dmd_loss(x0, direction) / args.accum).backward()
             dmd_norm += direction.abs().mean().item() / args.accum
             motion += x0.detach().diff(dim=2).abs().mean().item() / args.accum

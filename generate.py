@@ -8,7 +8,8 @@
     torchrun --standalone --nproc_per_node 8 generate.py --prompts prompts.txt ...    # prompts shared out
 
 Without --checkpoint (or with --bidirectional) the model itself is sampled with a multi-step ODE solver and
-classifier-free guidance, all frames at once: that is the teacher, and it cannot stream.
+classifier-free guidance, all frames at once: that is the teacher, and it cannot stream. A few-step bidirectional
+student (--bidirectional --checkpoint) is sampled all at once too, at its own timesteps.
 """
 import argparse
 import re
@@ -20,9 +21,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from wan_causal import (MAX_POSITION, NEGATIVE_PROMPT, ChannelNorm, InputError, chunk_sizes, find_folder, format_steps,
-                        gaussian, load_checkpoint, load_dit, load_text_encoder, load_vae, ode_trajectory, processes,
-                        read_json, require, rollout, run_script, seeded, sigma_schedule, warped_steps)
+from wan_causal import (MAX_POSITION, NEGATIVE_PROMPT, ChannelNorm, InputError, chunk_sizes, find_folder,
+                        format_steps, gaussian, load_checkpoint, load_dit, load_text_encoder, load_vae, model_defaults,
+                        ode_trajectory, processes, require, rollout, run_script, saved_steps, seeded, sigma_schedule,
+                        warped_steps)
 
 # Wan 2.1's own settings; a model folder may hold a defaults.json with others.
 DEFAULTS = dict(height=480, width=832, frames=81, fps=16, shift=5.0, guidance=5.0, negative=NEGATIVE_PROMPT,
@@ -54,7 +56,7 @@ def parse_args(argv=None):
     g.add_argument('--window', type=int, help='latent frames a frame may see, its chunk included (default: all)')
     g.add_argument('--sink', type=int, default=0, help='of these, how many are the video\'s first ones')
     g = p.add_argument_group('bidirectional sampling')
-    g.add_argument('--bidirectional', action='store_true', help='all frames at once, many steps, guidance')
+    g.add_argument('--bidirectional', action='store_true', help='all frames at once: the teacher, or a student')
     g.add_argument('--steps', type=int, default=50, help='solver steps')
     g.add_argument('--solver', choices=['unipc', 'euler'], default='unipc', help='ODE solver')
     g.add_argument('--shift', type=float, help='timestep shift (default: the model\'s)')
@@ -70,9 +72,11 @@ def parse_args(argv=None):
 
 def check(args, defaults):
     """Fill in the defaults; anything that cannot work is an InputError before a model is loaded."""
-    for name in ('height', 'width', 'frames', 'shift', 'guidance', 'negative', 'checkpoint'):
+    for name in ('height', 'width', 'frames', 'shift', 'guidance', 'negative'):
         if getattr(args, name) is None:
             setattr(args, name, defaults[name])
+    if args.checkpoint is None and not args.bidirectional:
+        args.checkpoint = defaults['checkpoint']
     prompts = list(args.prompt)
     if args.prompts:
         try:
@@ -167,7 +171,8 @@ class Clock:
 
 def latent_chunks(model, args, context, negative, noise, init, generator, settings):
     """Yield clean latents (1, C, f, H/8, W/8) in order, as soon as they exist."""
-    if args.bidirectional:
+    timesteps, chunks = settings
+    if args.bidirectional and not timesteps:
         states = ode_trajectory(model, noise, context, negative, sigma_schedule(args.steps, args.shift), args.guidance,
                                 args.solver)
         for x in tqdm(states, total=args.steps + 1, desc='solver steps', leave=False, disable=args.quiet):
@@ -176,36 +181,24 @@ def latent_chunks(model, args, context, negative, noise, init, generator, settin
         return
     if init is not None:
         yield init
-    timesteps, chunks = settings
     for chunk in rollout(model, noise, context, timesteps, chunks, window=args.window, sink=args.sink, init=init,
                          generator=generator):
         yield chunk.x0
 
 
-def generate(parts, args, prompt, seed, path, process, settings, given=None):
+def generate(parts, args, prompt, seed, path, process, settings, negative, init):
     """One video to `path`; returns the Clock. Frames are written as each chunk is decoded.
 
-    given: the frames of --init, (1, 3, T, H, W), that the video goes on from.
+    negative: the text embedding for guidance, or None. init: latents that the video goes on from, or None.
     """
     model, vae, text = parts
     clock = Clock(process.device, args.bench)
-    context = clock.measure('text', text, [prompt]).to(process.device)
-    negative = text([args.negative]).to(process.device) if args.bidirectional and args.guidance != 1 else None
-    init = None if given is None else vae.encode(given.to(process.device))
-    latent_frames = 1 + (args.frames - 1) // 4
-    new = latent_frames - (0 if init is None else init.shape[2])
-    if new < 1:
-        raise InputError(f'--init {args.init} already has {4 * (init.shape[2] - 1) + 1} usable frames: --frames '
-                         f'{args.frames} must be more')
-    timesteps, chunk, first = settings
-    chunks = chunk_sizes(new, chunk, first)
-    if args.window is not None and args.window < max(chunks) + args.sink:
-        raise InputError(f'--window {args.window} is smaller than a chunk of {max(chunks)} and a sink of {args.sink} '
-                         'latent frames together')
+    context = clock.measure('text', text, [prompt])
     generator = seeded(seed, process.device)
-    noise = gaussian((1, model.config.in_dim, new, args.height // 8, args.width // 8), generator, process.device)
+    shape = (1, model.config.in_dim, sum(settings[1]), args.height // 8, args.width // 8)
+    noise = gaussian(shape, generator, process.device)
     temporary, cache = path.with_name(f'.{path.stem}.part.mp4'), {}
-    steps = latent_chunks(model, args, context, negative, noise, init, generator, (timesteps, chunks))
+    steps = latent_chunks(model, args, context, negative, noise, init, generator, settings)
     try:
         with imageio.get_writer(temporary, fps=args.fps, quality=8, macro_block_size=2) as writer, \
                 tqdm(total=args.frames, unit='frame', desc=path.name[:30], disable=args.quiet) as bar:
@@ -245,8 +238,7 @@ def bench_table(clock, args, process):
 def main():
     args = parse_args()
     folder = find_folder(args.model)
-    local = folder / 'defaults.json'
-    defaults = {**DEFAULTS, **(read_json(local) if local.exists() else {})}
+    defaults = {**DEFAULTS, **model_defaults(folder)}
     args.fps = defaults['fps']
     prompts = check(args, defaults)
     paths = output_paths(args, prompts)
@@ -262,15 +254,26 @@ def main():
             require(metadata, args.checkpoint, kind='bidirectional' if args.bidirectional else 'causal')
         vae, text = load_vae(folder, dtype, process.device), load_text_encoder(folder, dtype, process.device)
 
-        saved = [float(t) for t in metadata.get('timesteps', '').split(',') if t]
-        timesteps = args.timesteps or saved or warped_steps()
-        settings = (timesteps, args.chunk or int(metadata.get('chunk', 3)), args.first_chunk)
-        if args.bidirectional:
+        timesteps = args.timesteps or saved_steps(metadata) or (None if args.bidirectional else warped_steps())
+        chunk = args.chunk or int(metadata.get('chunk', 3))
+        init = None if given is None else vae.encode(given.to(process.device))
+        new = 1 + (args.frames - 1) // 4 - (0 if init is None else init.shape[2])
+        if new < 1:
+            raise InputError(f'--init {args.init} already has {4 * (init.shape[2] - 1) + 1} usable frames: --frames '
+                             f'{args.frames} must be more')
+        chunks = [new] if args.bidirectional else chunk_sizes(new, chunk, args.first_chunk)
+        if args.window is not None and args.window < max(chunks) + args.sink:
+            raise InputError(f'--window {args.window} is smaller than a chunk of {max(chunks)} and a sink of '
+                             f'{args.sink} latent frames together')
+        negative = text([args.negative]) if args.bidirectional and not timesteps and args.guidance != 1 else None
+        if args.bidirectional and timesteps:
+            process.print(f'timesteps {format_steps(timesteps)}; all frames at once')
+        elif args.bidirectional:
             process.print(f'{args.model} is sampled as the bidirectional teacher: {args.steps} {args.solver} steps, '
                           f'shift {args.shift}, guidance {args.guidance}'
                           + ('' if args.checkpoint else '; a causal generator would come with --checkpoint'))
         else:
-            process.print(f'timesteps {format_steps(timesteps)}; chunks of {settings[1]} latent frames')
+            process.print(f'timesteps {format_steps(timesteps)}; chunks of {chunk} latent frames')
         if args.compile:
             for block in model.blocks:
                 block.before, block.after = torch.compile(block.before), torch.compile(block.after)
@@ -279,8 +282,8 @@ def main():
                     layer.compile(dynamic=True)
         for i in range(process.rank, len(prompts), process.world):
             for _ in range(2 if args.bench else 1):
-                clock = generate((model, vae, text), args, prompts[i], args.seed + i, paths[i], process, settings,
-                                 given)
+                clock = generate((model, vae, text), args, prompts[i], args.seed + i, paths[i], process,
+                                 (timesteps, chunks), negative, init)
             if args.bench:
                 bench_table(clock, args, process)
             seconds = clock.seconds['total'][0]

@@ -1,10 +1,10 @@
 """Stage: ODE trajectories of the teacher, then a causal student that regresses them ("ODE only").
 
-Papers: CausVid (arXiv 2412.07772) 4.2; Self Forcing (2506.08009); Reward-Forcing 3.2 and 3.4: few trajectories teach the
-motion, the texture comes from the reward.
+Papers: CausVid (arXiv 2412.07772) 4.2; Self Forcing (2506.08009); Reward-Forcing 3.2 and 3.4: few trajectories teach
+the motion, the texture comes from the reward.
 
-sample  for each prompt: x = noise; solve dx/dsigma = v(x, sigma) with guidance, Euler steps; keep x at the student's few
-        timesteps t_1 = 1000 > ... > t_K and at the end: a trajectory (K + 1, C, F, H, W)
+sample  for each prompt: x = noise; solve dx/dsigma = v(x, sigma) with guidance, Euler steps; keep x at the student's
+        few timesteps t_1 = 1000 > ... > t_K and at the end: a trajectory (K + 1, C, F, H, W)
 train   each chunk of frames draws one of the K + 1 states (the last one is clean, t = 0); one block-causal forward over
         all frames, with a timestep per frame; loss = mean (x0 - clean)^2 over the frames with t > 0
 
@@ -12,14 +12,14 @@ train   each chunk of frames draws one of the K + 1 states (the last one is clea
   {x_t_i}, i = 1..K and x_0     trajectory
   G_phi(x_t, t)                 x0_from_v(x_t, generator(...), t)
 
-The solver's grid contains the student's timesteps exactly, at the student's shift. Differs from the public scripts, which
-solve at shift 8 and keep states at t = 1000, 960, 889, 727, while the student runs at 1000, 937.5, 833.3, 625.
+The solver's grid contains the student's timesteps exactly, at the student's shift. Differs from the public scripts,
+which solve at shift 8 and keep states at t = 1000, 960, 889, 727, while the student runs at 1000, 937.5, 833.3, 625.
 
     python ode_init.py sample --out runs/trajectories && \\
-    python ode_init.py train --data runs/trajectories --init runs/student/model.safetensors --out runs/ode   # tiny, CPU
+    python ode_init.py train --data runs/trajectories --init runs/student/model.safetensors --out runs/ode  # tiny, CPU
     torchrun --standalone --nproc_per_node 8 ode_init.py sample --model Wan-AI/Wan2.1-T2V-1.3B --out runs/trajectories
-    torchrun --standalone --nproc_per_node 8 ode_init.py train --model Wan-AI/Wan2.1-T2V-1.3B --data runs/trajectories \\
-        --init runs/student/model.safetensors --accum 8 --out runs/ode
+    torchrun --standalone --nproc_per_node 8 ode_init.py train --model Wan-AI/Wan2.1-T2V-1.3B \\
+        --data runs/trajectories --init runs/student/model.safetensors --accum 8 --out runs/ode
 """
 import argparse
 import json
@@ -63,9 +63,9 @@ def pick_states(trajectory, index):
 
 
 def regression_loss(x0, clean, t):
-    """Mean squared error over the frames with t > 0, per sample, then over samples; x0, clean (B, C, F, H, W), t (B, F).
+    """Mean squared error over the frames with t > 0, per sample, then over samples.
 
-    CausVid eq. 6. A clean frame (t = 0) is input, and has nothing to be learned.
+    x0, clean (B, C, F, H, W), t (B, F). CausVid eq. 6. A clean frame (t = 0) is input, and has nothing to be learned.
     """
     noisy = (t > 0).float()  # (B, F)
     error = (x0 - clean).square().mean(dim=(1, 3, 4))  # (B, F)
@@ -175,7 +175,7 @@ def sample(args, process):
     each = 2 * len(kept) * torch.Size(shape).numel()  # bytes, float16
     need = each * sum(map(len, missing))
     process.print(f'timesteps {format_steps(timesteps)} and 0, out of {len(sigmas) - 1} Euler steps at guidance '
-                  f'{args.guidance}\n{args.count} trajectories of {each / 2 ** 20:.1f} MiB, {args.count * each / 1e9:.2f} '
+                  f'{args.guidance}\n{args.count} trajectories of {each / 1e6:.1f} MB: {args.count * each / 1e9:.2f} '
                   f'GB on disk in all; {sum(map(len, missing))} to be made, {need / 1e9:.2f} GB')
     replace_file(out / '.probe', Path.touch)
     (out / '.probe').unlink(missing_ok=True)
@@ -194,8 +194,7 @@ def sample(args, process):
             generators = sample_generators(args, numbers, device)  # of the trajectory's number, not of the rank's turn
             noise = gaussian((len(numbers), *shape), generators, device)
             context = text([shuffled(prompts, n, args.seed) for n in numbers])
-            states = ode_trajectory(model, noise, context, negative.expand(len(numbers), -1, -1), sigmas, args.guidance,
-                                    'euler')
+            states = ode_trajectory(model, noise, context, negative.expand_as(context), sigmas, args.guidance, 'euler')
             done.append(torch.stack([x for i, x in enumerate(states) if i in kept], dim=1))  # (B, K + 1, C, F, H, W)
             bar.update(len(numbers))
         trajectory = torch.cat(done).half().cpu()

@@ -1566,7 +1566,8 @@ def training_flags(p, **paper):
     g.add_argument('--model', default='tests/tiny', help='the Wan model: a folder or hub repository')
     g.add_argument('--prompts', default='gdhe17/Self-Forcing:vidprom_filtered_extended.txt', metavar='FILE',
                    help='one prompt per line: a file, or repository:path on the hub')
-    g.add_argument('--held-out', metavar='FILE', help='prompts for the sample videos (default: the last 4 of --prompts)')
+    g.add_argument('--held-out', metavar='FILE',
+                   help='prompts for the sample videos (default: the last 4 of --prompts)')
     g.add_argument('--frames', type=int, default=81, help='video frames, 1 + 4k')
     g.add_argument('--height', type=int, default=480, help='pixels, a multiple of 16')
     g.add_argument('--width', type=int, default=832, help='pixels, a multiple of 16')
@@ -1594,16 +1595,20 @@ def training_flags(p, **paper):
     p.set_defaults(**paper)
 
 
+def model_defaults(name, stage=''):
+    """What a local model folder's defaults.json says of flags: its top level, and on top its entry `stage`. Names of
+    files beside it become paths."""
+    file = Path(name) / 'defaults.json'
+    given = read_json(file) if file.is_file() else {}
+    given = {**given, **given.get(stage, {})}
+    return {k: str(file.parent / v) if v and isinstance(v, str) and (file.parent / v).exists() else v
+            for k, v in given.items()}
+
+
 def parse_stage(p, stage, argv=None):
-    """Parse and check a stage's flags. A model folder may hold other defaults than the paper's: those at the top level
-    of its defaults.json and under the stage's name there (`prompts`, `held_out`, `init`, ...: files beside it)."""
+    """Parse and check a stage's flags; the defaults are the paper's, or those of the model's folder."""
     known = vars(p.parse_known_args(argv)[0])
-    file = Path(known['model']) / 'defaults.json'
-    if file.is_file():
-        given = read_json(file)
-        given = {k: v for k, v in {**given, **given.get(stage, {})}.items() if k in known}
-        beside = {k: str(file.parent / v) for k, v in given.items() if isinstance(v, str) and (file.parent / v).exists()}
-        p.set_defaults(**{**given, **beside})
+    p.set_defaults(**{k: v for k, v in model_defaults(known['model'], stage).items() if k in known})
     args = p.parse_args(argv)
     if args.frames < 1 or args.frames % 4 != 1:
         raise InputError(f'--frames {args.frames} is not 1 + 4k: take {max(1, args.frames // 4 * 4 + 1)}')
@@ -1621,7 +1626,7 @@ def latent_shape(args, config):
 
 
 def read_prompts(args):
-    """(training prompts, held-out prompts), by the flags --prompts and --held-out."""
+    """(training prompts, held-out prompts) as --prompts and --held-out say; without the latter flag all train."""
     def lines(name):
         try:
             prompts = [line.strip() for line in find_file(name).read_text(encoding='utf-8').splitlines()]
@@ -1631,9 +1636,9 @@ def read_prompts(args):
             raise InputError(f'the prompts file {name} is empty: it must hold one prompt per line')
         return [prompt for prompt in prompts if prompt]
     prompts = lines(args.prompts)
-    if getattr(args, 'held_out', None):
-        return prompts, lines(args.held_out)
-    return prompts[:-4] or prompts, prompts[-4:]
+    if not hasattr(args, 'held_out'):
+        return prompts, []
+    return (prompts, lines(args.held_out)) if args.held_out else (prompts[:-4] or prompts, prompts[-4:])
 
 
 def trainable(model, args, device, dtype):
@@ -1762,8 +1767,9 @@ class Run:
         values = dict(zip(names, self.process.mean(values).tolist()))
         for name, value in values.items():
             if not math.isfinite(value):
-                last = f'the last good state is step {self.saved} in {self.state}' if self.saved else 'no step was saved'
-                raise InputError(f'{name} is {value} at step {self.step}; {last}; try a lower --lr')
+                last = f'the last good state is step {self.saved} in {self.state}'
+                raise InputError(f'{name} is {value} at step {self.step}; '
+                                 f'{last if self.saved else "no step was saved"}; try a lower --lr')
         return values
 
     def report(self, **metrics):

@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from wan_causal import (CONFIGS, MAX_POSITION, ImageReward, TextEncoder, WanModel, WanVAE, add_noise,  # noqa: E402
-                        dit_diffusers_key, gaussian, load_dit, load_text_encoder, load_vae, ode_trajectory,
-                        shift_sigma, sigma_schedule, vae_diffusers_key)
+                        chunk_sizes, dit_diffusers_key, gaussian, load_checkpoint, load_dit, load_image_reward,
+                        load_text_encoder, load_vae, ode_trajectory, rollout, saved_steps, shift_sigma, sigma_schedule,
+                        vae_diffusers_key)
 
 COLOURS = {"red": (220, 40, 40), "green": (60, 200, 70), "blue": (50, 90, 240),  # RGB, 0..255
            "yellow": (240, 220, 40), "purple": (160, 50, 200), "orange": (250, 140, 20)}
@@ -520,7 +521,7 @@ def is_kernel(name, p):
     return p.ndim >= 4 and min(p.shape[0], p[0].numel()) > 1
 
 
-def encode_library(folder, vae, clips, part=1500):
+def encode_library(folder, vae, clips, part):
     """Latents (N, 16, 15, 8, 8) of training clips, before normalisation, and their captions; kept on disk in parts."""
     latents, captions = [], []
     for k in range(0, clips, part):
@@ -535,35 +536,6 @@ def encode_library(folder, vae, clips, part=1500):
         latents.append(saved["latents"])
         captions += saved["captions"]
     return torch.cat(latents), captions
-
-
-def polish_decoder(folder, vae, latents, captions_seed, steps):
-    """Train the decoder on, for the latents that the encoder gives (which no longer changes), as it is used: streamed.
-
-    A random number of latent frames is decoded without gradient into the cache, then two with gradient.
-    latents (N, 16, 15, 8, 8), not normalised, of the clips that `library` draws from `captions_seed`.
-    """
-    video, _, captions = library(split()[0], len(latents), 57, seed=captions_seed)
-    background = torch.tensor([BACKGROUNDS[parse(c)["background"]] for c in captions]).view(-1, 3, 1, 1, 1)
-    vae.requires_grad_(False)
-    for part in (vae.decoder, vae.conv2):
-        part.requires_grad_(True)
-
-    def loss_of(step, random):
-        i = torch.randint(len(video), (3,), generator=random)
-        k = torch.randint(latents.shape[2] - 1, (1,), generator=random).item()
-        z, cache = latents[i, :, :k + 2].contiguous(memory_format=torch.channels_last_3d), {}
-        with torch.no_grad():
-            for j in range(k):
-                vae.decoder(vae.conv2(z[:, :, j:j + 1]), cache)
-        out = vae.decoder(vae.conv2(z[:, :, k:]), cache)
-        clip = video[i][:, :, max(0, 4 * k - 3):4 * k + 5]
-        weight = 1 + 2 * ((clip - background[i]).abs().amax(1, keepdim=True) > 12).float()
-        error = out - (clip / 127.5 - 1)
-        return (weight * error.square()).mean() + 0.1 * (weight * error.abs()).mean()
-
-    fit("polish", folder, vae, loss_of, steps, lr=1.5e-3, warmup=20, matrices=is_kernel)
-    return vae.requires_grad_(False)
 
 
 # ------------------------------------------------------------------------------------------ the parts: text
@@ -637,8 +609,9 @@ def train_teacher(name, folder, latents, captions, text, steps, start=None):
     model = WanModel(CONFIGS["tiny"])
     if start is not None:
         model.load_state_dict(start.state_dict())
-    for block in model.blocks:
-        block.compile(dynamic=False)
+    if steps > 100:  # else compiling would take longer than training
+        for block in model.blocks:
+            block.compile(dynamic=False)
     index = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
     contexts, empty = torch.cat([text([c]) for c in index]), text([""])
     caption_of = torch.tensor([index[c] for c in captions])
@@ -842,6 +815,44 @@ def sample_teacher(model, vae, text, captions, steps=50, guidance=None, seed=0, 
     return torch.cat(videos)
 
 
+def sample_student(model, metadata, vae, text, captions, seed=0, batch=20, frames=15):
+    """Few-step samples of the captions as a checkpoint's metadata asks for them: whole, or chunk by chunk."""
+    steps, chunk = saved_steps(metadata), int(metadata.get("chunk", frames))
+    videos = []
+    for i in tqdm(range(0, len(captions), batch), desc="samples", mininterval=10):
+        some = captions[i:i + batch]
+        generators = [torch.Generator().manual_seed(seed + i + j) for j in range(len(some))]
+        noise = gaussian((len(some), 16, frames, 8, 8), generators, "cpu")
+        with torch.no_grad():
+            x = torch.cat([part.x0 for part in rollout(model, noise, text(some), steps, chunk_sizes(frames, chunk),
+                                                       generator=generators)], dim=2)
+            videos.append(torch.cat([vae.decode(x[j:j + 4]) for j in range(0, len(x), 4)]))
+    return torch.cat(videos)
+
+
+def mean_reward(reward, video, captions):
+    """Reward of the last frame, and the mean over the last video frame of each latent frame."""
+    with torch.no_grad():
+        scores = torch.stack([reward.score(video[:, :, t], captions) for t in range(0, video.shape[2], 4)])
+    return {"reward_last": scores[-1].mean().item(), "reward": scores.mean().item()}
+
+
+def compare(out, checkpoints, count=200, seed=0):
+    """What generators (files; 'teacher' for the model itself) show of held-out captions; a dict per name."""
+    captions, rows = split()[1][:count], {}
+    vae, text, reward = load_vae(out), load_text_encoder(out), load_image_reward(out / "reward_model")
+    for name in checkpoints:
+        model, metadata = load_dit(out).eval(), {}
+        if name == "teacher":
+            video = sample_teacher(model, vae, text, captions, seed=seed)
+        else:
+            metadata = load_checkpoint(model, name)
+            video = sample_student(model, metadata, vae, text, captions, seed)
+        rows[name] = {**scorecard(video, captions), **mean_reward(reward, video, captions)}
+        print(name, " ".join(f"{k} {v:.3f}" for k, v in rows[name].items()), flush=True)
+    return rows
+
+
 def evaluate(out, count=200):
     """What the models in `out` reach on held-out captions; written to measured.json there."""
     _, held_out = split()
@@ -869,15 +880,17 @@ def train(out, work, scale=1.0):
     """Make everything in `out` from nothing; `work` keeps what a killed run needs to go on. scale: of the steps."""
     work.mkdir(parents=True, exist_ok=True)
     steps = {name: max(2, int(n * scale)) for name, n in
-             dict(text=800, vae=2500, latents=1500, polish=400, reward=1700, teacher=3900).items()}
+             dict(text=800, vae=2500, reward=1700, clips=1500, teacher=3900, more_clips=4500, more=6000).items()}
     encoder, tokenizer, words_right = train_text(work, steps["text"])
     vae = train_vae(work, steps["vae"]).eval().requires_grad_(False)
     reward, pairs_right = train_reward(work, steps["reward"])
-    latents, captions = encode_library(work, vae, steps["latents"])
-    polish_decoder(work, vae, latents, 2, steps["polish"])
-    mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
+    # Twice: the first round on few clips, the second, with its own warm-up and decay, on more.
+    latents, captions = encode_library(work, vae, steps["more_clips"], steps["clips"])
+    few, text = slice(steps["clips"]), TextEncoder(encoder, tokenizer)
+    mean, std = latents[few].mean((0, 2, 3, 4)), latents[few].std((0, 2, 3, 4))
     latents = (latents - mean.view(1, -1, 1, 1, 1)) / std.view(1, -1, 1, 1, 1)
-    teacher = train_teacher(work, latents, captions, TextEncoder(encoder, tokenizer), steps["teacher"])
+    teacher = train_teacher("teacher", work, latents[few], captions[few], text, steps["teacher"])
+    teacher = train_teacher("teacher2", work, latents, captions, text, steps["more"], start=teacher)
     export(out, vae, mean.tolist(), std.tolist(), encoder, tokenizer, teacher, reward)
     result = {**evaluate(out, max(2, min(200, int(200 * scale)))), "text": words_right, "reward": pairs_right}
     write_json(out / "measured.json", {part: {k: round(v, 4) for k, v in r.items()} for part, r in result.items()})
@@ -886,13 +899,18 @@ def train(out, work, scale=1.0):
 
 def main():
     parser = argparse.ArgumentParser(description="The tiny world: train its models, or measure them.")
-    parser.add_argument("verb", choices=["train", "evaluate", "picture"])
+    parser.add_argument("verb", choices=["train", "evaluate", "picture", "compare"])
+    parser.add_argument("checkpoints", nargs="*", help="for compare: generators' files, or `teacher`")
+    parser.add_argument("--count", type=int, default=200, help="for compare: held-out captions")
+    parser.add_argument("--seed", type=int, default=0, help="for compare: of the noise")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny", help="the model folder")
     parser.add_argument("--work", type=Path, default=Path("runs/tiny_world"), help="where a killed run goes on from")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the training steps, for a quick trial")
     args = parser.parse_args()
     if args.verb == "train":
         train(args.out, args.work, args.scale)
+    elif args.verb == "compare":
+        print(json.dumps(compare(args.out, args.checkpoints, args.count, args.seed), indent=1))
     elif args.verb == "picture":
         picture(args.out, Path(__file__).parent / "frames.png")
     else:

@@ -1,0 +1,473 @@
+"""The training stages: closed forms of their losses, then the scripts themselves as a user runs them."""
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, random_dit, random_latents, run, torchrun
+from safetensors.torch import load_file
+
+import distill_dmd
+import ode_init
+import reward_forcing
+import wan_causal as wc
+
+TINY = ROOT / "tests/tiny"
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return wc.load_dit(TINY), wc.load_vae(TINY), wc.load_text_encoder(TINY), wc.load_image_reward(TINY / "reward_model")
+
+
+# ------------------------------------------------------------------------------- what the stages share
+
+def test_every_epoch_goes_through_all_items_in_another_order():
+    epochs = [[wc.shuffled("abcdefghij", n, seed=3) for n in range(e * 10, e * 10 + 10)] for e in range(3)]
+    assert all(sorted(e) == list("abcdefghij") for e in epochs) and epochs[0] != epochs[1] != epochs[2]
+
+
+def test_the_split_over_processes_and_accumulation_takes_the_same_samples():
+    def taken(batch, accum, world):
+        args = types.SimpleNamespace(batch=batch, accum=accum)
+        return sorted(n for rank in range(world) for micro in range(accum) for n in
+                      wc.sample_numbers(args, types.SimpleNamespace(rank=rank, world=world), 5, micro))
+    assert taken(8, 1, 1) == taken(2, 2, 2) == taken(1, 4, 2) == taken(2, 1, 4) == list(range(40, 48))
+
+
+def test_ema_closed_form_and_start():
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(0.0)
+    ema = wc.EMA(model, decay=0.9, start=2)
+    for step in range(5):
+        model.weight.data.fill_(float(step + 1))
+        ema.update(model, step)
+    expected = 2.0  # a copy up to step 1, averaged from step 2 on
+    for value in (3.0, 4.0, 5.0):
+        expected = 0.9 * expected + 0.1 * value
+    assert ema.average["weight"].item() == pytest.approx(expected)
+    with ema.swapped_in(model):
+        assert model.weight.item() == pytest.approx(expected)
+    assert model.weight.item() == 5.0 and ema.average["weight"].item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_mixed_precision_keeps_gradients_after_a_forward_without(checkpointing):
+    """Weights cast without gradient must not be used again by a forward with gradient."""
+    x, t, context = random_latents(2, 16, 3, 4, 4), torch.tensor([900.0, 300.0]), random_latents(2, 8, 16, seed=1)
+    gradients = []
+    for autocast in (None, torch.bfloat16):
+        model = random_dit()
+        model.autocast, model.checkpointing = autocast, checkpointing
+        with torch.no_grad():
+            model(x, t, context)
+        model(x, t, context).square().mean().backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.98
+    assert not torch.equal(*gradients)  # it really was another precision
+
+
+# ----------------------------------------------------------------------------------- distribution matching
+
+class Gaussian:
+    """The velocity field of data ~ N(mean, std^2): v = (x_t - E[x0 | x_t]) / sigma in closed form."""
+
+    def __init__(self, mean, std):
+        self.mean, self.std = mean, std
+
+    def __call__(self, x, t, context, **kwargs):
+        sigma = wc.sigma_of(t, x)
+        variance = ((1 - sigma) * self.std) ** 2 + sigma ** 2
+        x0 = self.mean + (1 - sigma) * self.std ** 2 / variance * (x - (1 - sigma) * self.mean)
+        return (x - x0) / sigma
+
+
+def test_dmd_direction_between_two_gaussians_is_the_closed_form():
+    """Both scores known: fake - real = sigma^2 (m_fake - m_real) / ((1 - sigma)^2 s^2 + sigma^2) everywhere."""
+    real, fake, std = 2.0, -1.0, 0.7
+    x0 = fake + std * random_latents(3, 16, 2, 4, 4)
+    generators = lambda: [wc.seeded(n) for n in range(3)]  # noqa: E731
+    got = distill_dmd.compare_scores(x0, Gaussian(real, std), Gaussian(fake, std), None, None, 1, 5.0, generators())
+
+    again = generators()  # the same noise level and noise
+    t = distill_dmd.score_timestep(again, 5.0, x0.device)
+    x_t = wc.add_noise(x0, wc.gaussian(x0.shape, again, "cpu"), t)
+    sigma = (t / 1000).view(3, 1, 1, 1, 1).double()
+    difference = sigma ** 2 * (fake - real) / (((1 - sigma) * std) ** 2 + sigma ** 2)
+    real_x0 = wc.x0_from_v(x_t, Gaussian(real, std)(x_t, t, None), t)
+    expected = difference / (x0 - real_x0).abs().double().mean(dim=(1, 2, 3, 4), keepdim=True)
+    torch.testing.assert_close(got, expected.expand_as(got), atol=1e-4, rtol=1e-4)
+
+
+def test_dmd_moves_a_gaussian_student_onto_the_teacher():
+    """With exact scores of both, the student's mean goes to the teacher's."""
+    mean = torch.nn.Parameter(torch.tensor(-1.0))
+    optimizer = torch.optim.SGD([mean], lr=0.2)
+    for step in range(60):
+        generators = [wc.seeded(8 * step + n) for n in range(8)]
+        x0 = mean + 0.7 * wc.gaussian((8, 16, 1, 2, 2), generators, "cpu")
+        direction = distill_dmd.compare_scores(x0.detach(), Gaussian(2.0, 0.7), Gaussian(mean.item(), 0.7), None, None,
+                                               1, 5.0, generators)
+        optimizer.zero_grad()
+        distill_dmd.dmd_loss(x0, direction).backward()
+        optimizer.step()
+    assert mean.item() == pytest.approx(2.0, abs=0.05)
+
+
+def test_dmd_loss_has_the_direction_as_its_gradient():
+    x0 = random_latents(2, 16, 2, 4, 4).requires_grad_()
+    direction = random_latents(2, 16, 2, 4, 4, seed=1).double()
+    distill_dmd.dmd_loss(x0, direction).backward()
+    torch.testing.assert_close(x0.grad, (direction / direction.numel()).float())
+
+
+def test_score_timesteps_are_shifted_bounded_and_per_sample():
+    generators = [wc.seeded(n) for n in range(4000)]
+    t = distill_dmd.score_timestep(generators, 5.0, "cpu")
+    assert t.min() >= 20 and t.max() <= 980
+    # P(t < T) = P(tau < inverse shift of T); at shift 5, T = 500 has tau = 1/6
+    assert (t < 500).float().mean().item() == pytest.approx(1 / 6, abs=0.02)
+    assert torch.equal(t[:10], distill_dmd.score_timestep([wc.seeded(n) for n in range(10)], 5.0, "cpu"))
+
+
+def test_guidance_of_the_real_score_is_the_usual_formula():
+    class Conditional(Gaussian):
+        def __call__(self, x, t, context, **kwargs):
+            return Gaussian(context.mean().item(), 1.0)(x, t, context)
+    x, t = random_latents(1, 16, 1, 2, 2), torch.tensor([500.0])
+    cond, uncond = torch.ones(1, 1, 1), torch.zeros(1, 1, 1)
+    model = Conditional(0, 1)
+    got = wc.guided_velocity(model, x, t, cond, uncond, 3.0)
+    torch.testing.assert_close(got, model(x, t, uncond) + 3 * (model(x, t, cond) - model(x, t, uncond)))
+
+
+# ------------------------------------------------------------------------------------------ ODE trajectories
+
+@pytest.mark.parametrize("shift, count", [(5.0, 48), (3.0, 24), (8.0, 50), (1.0, 4)])
+def test_the_solver_grid_contains_the_students_timesteps_exactly(shift, count):
+    timesteps = wc.warped_steps(shift=shift)
+    sigmas, kept = ode_init.solver_grid(timesteps, shift, count)
+    assert [1000 * sigmas[i] for i in kept[:-1]] == pytest.approx(timesteps, abs=1e-9) and sigmas[kept[-1]] == 0
+    assert all(a > b for a, b in zip(sigmas, sigmas[1:])) and abs(len(sigmas) - 1 - count) <= 2
+    if (shift, count) == (5.0, 48):  # what the public scripts would do, at the right shift
+        assert kept == [0, 12, 24, 36, 48]
+        np.testing.assert_allclose(sigmas, [wc.shift_sigma(1 - i / 48, 5.0) for i in range(49)], atol=1e-12)
+
+
+def test_euler_on_a_linear_field_keeps_the_known_states():
+    """dx/dsigma = a x has x(sigma) = x(1) exp(-a (1 - sigma)); Euler steps multiply by 1 - a * step."""
+    a, x = 0.8, random_latents(1, 16, 1, 2, 2).double()
+    sigmas, kept = ode_init.solver_grid(wc.warped_steps(), 5.0, 480)
+    states = list(wc.ode_trajectory(lambda x, t, context: a * x, x, None, None, sigmas, 1, "euler"))
+    product = 1.0
+    for i, state in enumerate(states):
+        torch.testing.assert_close(state, product * x, atol=1e-12, rtol=1e-12)
+        product *= 1 - a * (sigmas[i] - sigmas[i + 1]) if i < len(sigmas) - 1 else 1
+    for i in kept:
+        torch.testing.assert_close(states[i], x * math.exp(-a * (1 - sigmas[i])), atol=0, rtol=3e-3)
+
+
+def test_each_frame_takes_the_state_that_its_chunk_drew():
+    trajectory = torch.arange(5.0).view(1, 5, 1, 1, 1, 1).expand(2, 5, 3, 4, 2, 2)
+    index = torch.tensor([[0, 0, 4, 4], [3, 3, 1, 1]])
+    picked = ode_init.pick_states(trajectory, index)
+    assert torch.equal(picked, index.float().view(2, 1, 4, 1, 1).expand(2, 3, 4, 2, 2))
+
+
+def test_regression_counts_noisy_frames_only():
+    x0, clean = torch.zeros(2, 3, 4, 2, 2), torch.zeros(2, 3, 4, 2, 2)
+    x0[0, :, 0], x0[0, :, 1], x0[1, :, 3] = 2.0, 5.0, 3.0
+    t = torch.tensor([[1000.0, 0, 0, 625], [0, 0, 0, 0]])
+    # sample 0: frames 0 and 3 are noisy, squared errors 4 and 0; sample 1: none is
+    assert ode_init.regression_loss(x0, clean, t).item() == pytest.approx((4 / 2 + 0) / 2)
+
+
+# --------------------------------------------------------------------------------------------- the reward
+
+def test_video_frames_and_the_latent_frames_they_come_from():
+    assert [reward_forcing.latent_frame(i) for i in range(10)] == [0, 1, 1, 1, 1, 2, 2, 2, 2, 3]
+    assert [reward_forcing.chunk_of([3, 3, 1], i) for i in range(7)] == [0, 0, 0, 1, 1, 1, 2]
+    rng = random.Random(0)
+    assert reward_forcing.rewarded_frames("last", 57, rng) == [56]
+    assert reward_forcing.rewarded_frames("all", 9, rng) == list(range(9))
+    assert {reward_forcing.rewarded_frames("random", 9, rng)[0] for _ in range(200)} == set(range(9))
+
+
+CAPTIONS = ["a red striped circle moving left on a navy background",
+            "a green plain square bouncing on a gray background"]
+
+
+@pytest.mark.parametrize("frames", [[12], [0], [5], [10, 12]])
+def test_reward_gradient_equals_that_of_a_full_decode(parts, frames):
+    """Through the whole decoder with its whole graph, looking at the rewarded latent frame."""
+    _, vae, _, model = parts
+    latents = random_latents(2, 16, 4, 8, 8)
+    reward = reward_forcing.frame_reward(model)
+    rewards, gradient = reward_forcing.reward_gradient(reward, vae, latents, CAPTIONS, frames)
+    z = latents.clone().requires_grad_()
+    expected = reward(vae.decode(z)[:, :, frames], CAPTIONS)
+    full, = torch.autograd.grad(expected.sum(), z)
+    torch.testing.assert_close(rewards, expected.detach(), atol=1e-5, rtol=1e-5)
+    i = reward_forcing.latent_frame(frames[-1])
+    torch.testing.assert_close(gradient[:, :, i], full[:, :, i], atol=1e-5 * full.abs().max().item(), rtol=1e-3)
+    others = [j for j in range(4) if j != i]
+    assert gradient[:, :, others].abs().sum() == 0  # what the decoder remembers is a constant
+
+
+def test_reward_gradient_of_all_frames_is_that_of_each_latent_frame_given_the_past(parts):
+    _, vae, _, _ = parts
+    latents, weight = random_latents(1, 16, 3, 8, 8), random_latents(1, 3, 9, 64, 64, seed=1)
+    def reward(video, prompts):
+        return (video * weight).sum((1, 2, 3, 4))
+
+    _, gradient = reward_forcing.reward_gradient(reward, vae, latents, ["x"], list(range(9)))
+    for i in range(3):
+        z = latents[:, :, :i + 1].clone().requires_grad_()
+        shown = vae.decode_last(z)
+        start = max(0, 4 * i - 3)
+        expected, = torch.autograd.grad((shown * weight[:, :, start:start + shown.shape[2]]).sum(), z)
+        torch.testing.assert_close(gradient[:, :, i], expected[:, :, i], atol=1e-3, rtol=1e-3)
+
+
+def test_reward_gradient_against_finite_differences(parts):
+    _, vae, _, model = parts
+    reward, latents = reward_forcing.frame_reward(model), random_latents(2, 16, 3, 8, 8)
+    _, gradient = reward_forcing.reward_gradient(reward, vae, latents, CAPTIONS, [8])
+    direction = gradient / gradient.flatten(1).norm(dim=1).view(2, 1, 1, 1, 1)
+    with torch.no_grad():
+        def score(step):
+            return reward(vae.decode(latents + step * direction)[:, :, 8:9], CAPTIONS)
+        slope = (score(0.01) - score(-0.01)) / 0.02
+    torch.testing.assert_close(slope, gradient.flatten(1).norm(dim=1), rtol=0.02, atol=0)
+
+
+def test_gradient_reaches_the_rewarded_chunk_and_the_generator_alone(parts):
+    """Not the history, not the steps before the exit step, not the decoder, the text encoder or the reward model."""
+    dit, vae, text, model = parts
+    net = wc.load_dit(TINY).train()
+    context, noise = text(CAPTIONS), random_latents(2, 16, 5, 8, 8).requires_grad_()
+    chunks, seen = [3, 2], []
+    for part in wc.rollout(net, noise, context, wc.warped_steps(), chunks, exit_step=0, grad_from=3,
+                           generator=wc.seeded(0)):
+        seen.append(part.x0)
+    assert not seen[0].requires_grad and seen[1].requires_grad
+    x0 = torch.cat(seen, dim=2)
+    _, gradient = reward_forcing.reward_gradient(reward_forcing.frame_reward(model), vae, x0.detach(), CAPTIONS, [16])
+    (-(gradient * x0).sum()).backward()
+    assert noise.grad[:, :, :3].abs().sum() == 0 and noise.grad[:, :, 3:].abs().sum() > 0
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
+    for frozen in (vae, text.encoder, model):
+        assert all(p.grad is None and not p.requires_grad for p in frozen.parameters())
+
+
+# ------------------------------------------------------------------------------------ the scripts themselves
+
+SMALL = ["--frames", 13, "--height", 32, "--width", 32]
+FEW = [*SMALL, "--batch", 2]
+SHORT = [*FEW, "--sample-every", 0, "--save-every", 1]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A few-step student's file, trajectories and a causal student's file, as the stages before leave them."""
+    folder = tmp_path_factory.mktemp("made")
+    config = wc.load_config(TINY)
+    state = wc.load_dit(TINY).state_dict()
+    steps = ",".join(f"{t:.10g}" for t in wc.warped_steps(shift=3.0))
+    wc.save_checkpoint(folder / "student.safetensors", state, stage="distill_dmd", kind="bidirectional",
+                       timesteps=steps, config=config)
+    wc.save_checkpoint(folder / "ode.safetensors", state, stage="ode_init", kind="causal", timesteps=steps, chunk=3,
+                       config=config)
+    done = run(*SAMPLE, "--out", folder / "trajectories")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+SAMPLE = ["ode_init.py", "sample", *SMALL, "--count", 6, "--shard", 2, "--steps", 4]
+
+
+def command(stage, made):
+    return {"distill_dmd": ["distill_dmd.py", "--ratio", 1],
+            "ode_init": ["ode_init.py", "train", "--data", made / "trajectories",
+                         "--init", made / "student.safetensors"],
+            "reward_forcing": ["reward_forcing.py", "--init", made / "ode.safetensors"],
+            }[stage]
+
+
+STAGES = ["distill_dmd", "ode_init", "reward_forcing"]
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_with_half_the_batch_equal_one_process(stage, made, tmp_path):
+    """Also: two steps as plain python and under torchrun, with sample videos and a usable result."""
+    args = [*command(stage, made), *FEW, "--lr", 1e-4, "--steps", 2]
+    if stage == "reward_forcing":
+        args += ["--reward-frames", "all"]  # gradient in every chunk
+    one = run(*args, "--sample-every", 2, "--out", tmp_path / "one")
+    assert one.returncode == 0, one.stderr
+    two = torchrun(2, *args, "--sample-every", 0, "--batch", 1, "--out", tmp_path / "two")
+    assert two.returncode == 0, two.stderr
+    start = wc.load_dit(TINY).state_dict()
+    a, b = (torch.load(tmp_path / name / "state.pt", weights_only=True)["parts"]["generator"]
+            for name in ("one", "two"))
+    moved, apart = ((torch.cat([(x[k] - y[k]).flatten() for k in a])).norm() for x, y in ((a, start), (a, b)))
+    assert moved > 0 and apart < 2e-3 * moved
+    for x, y in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two")):
+        for key in set(x) & set(y) - {"seconds", "peak_gib"}:
+            assert x[key] == pytest.approx(y[key], rel=2e-3, abs=1e-4), key
+    assert len(list((tmp_path / "one/samples/step_000002").glob("*.mp4"))) == 4
+
+    kind = wc.load_checkpoint(wc.load_dit(TINY), tmp_path / "one/model.safetensors")
+    assert kind["stage"] == stage and kind["step"] == "2"
+    assert wc.saved_steps(kind) == pytest.approx([1000, 900, 750, 500])
+    assert kind["kind"] == ("bidirectional" if stage == "distill_dmd" else "causal")
+    assert "timesteps 1000, 900, 750, 500" in one.stdout
+
+
+def start_and_kill(args, after):
+    """Start a script, kill it with SIGKILL once it has printed `after` steps and a random moment has passed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen([sys.executable, "-u", *map(str, args)], cwd=ROOT, env=environment, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    seen = 0
+    for line in process.stdout:
+        seen += line.startswith("step")
+        if seen == after:
+            break
+    try:
+        process.wait(timeout=random.random() * 0.5)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_at_random_moments_and_resumed_gives_the_same_weights(stage, made, tmp_path):
+    args = [*command(stage, made), *SHORT, "--lr", 1e-4, "--steps", 5]
+    whole = run(*args, "--out", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    for after in (1, 2, 1):
+        start_and_kill([*args, "--out", tmp_path / "killed", "--resume"], after)
+    done = run(*args, "--out", tmp_path / "killed", "--resume")
+    assert done.returncode == 0, done.stderr
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    logs = [[{k: v for k, v in m.items() if k not in ("seconds", "peak_gib")} for m in metrics(tmp_path / name)]
+            for name in ("whole", "killed")]
+    assert logs[0] == logs[1] and [m["step"] for m in logs[0]] == [1, 2, 3, 4, 5]
+
+
+def test_sampling_is_resumed_without_a_lost_or_doubled_trajectory(made, tmp_path):
+    out = tmp_path / "trajectories"
+    done = torchrun(2, *SAMPLE, "--out", out)
+    assert done.returncode == 0 and "0.00 GB on disk" in done.stdout, done.stderr
+    files = sorted(out.glob("*"))
+    assert [f.name for f in files] == [f"trajectories_{n:06d}.safetensors" for n in (0, 2, 4)]
+    files[1].unlink()  # as if killed before this one was written
+    (out / ".trajectories_000002.1.safetensors").write_bytes(b"half")
+    done = run(*SAMPLE, "--out", out)
+    assert done.returncode == 0 and "2 to be made" in done.stdout, done.stderr
+    data, reference = ode_init.Trajectories(out), ode_init.Trajectories(made / "trajectories")
+    assert len(data) == 6
+    for i in range(6):  # two processes = one, resumed = whole
+        torch.testing.assert_close(data[i][0], reference[i][0], atol=2e-3, rtol=2e-3)
+        assert data[i][1] == reference[i][1] == wc.shuffled((TINY / "prompts.txt").read_text().splitlines(), i, 0)
+
+
+def test_kept_states_are_the_teachers_ode(made, parts):
+    """Solved again here, step by step."""
+    dit, _, text, _ = parts
+    trajectory, prompt = ode_init.Trajectories(made / "trajectories")[3]
+    sigmas, x = [1.0, 0.9, 0.75, 0.5, 0.0], trajectory[0][None]
+    with torch.no_grad():
+        for k in range(4):
+            t = torch.tensor([1000 * sigmas[k]])
+            cond, uncond = dit(x, t, text([prompt])), dit(x, t, text([""]))
+            x = x + (sigmas[k + 1] - sigmas[k]) * (uncond + 3.0 * (cond - uncond))
+            torch.testing.assert_close(x[0], trajectory[k + 1], atol=0.02, rtol=0.02)  # stored as float16
+
+
+def test_a_reward_of_ones_own_is_learned(made, tmp_path):
+    """Any callable: here brightness, which a few steps raise; a reward that is not a number stops the run in words."""
+    (tmp_path / "mine.py").write_text(
+        "def bright(video, prompts):\n    assert video.shape[1:3] == (3, 1)\n    return video.mean(dim=(1, 2, 3, 4))\n"
+        "calls = []\n"
+        "def broken(video, prompts):\n    calls.append(1)\n    r = video.mean(dim=(1, 2, 3, 4))\n"
+        "    return r / 0 if len(calls) == 3 else r\n"
+        "def wrong(video, prompts):\n    return video.mean()\n")
+    env = {"PYTHONPATH": str(tmp_path)}
+    base = ["reward_forcing.py", "--init", made / "ode.safetensors", *SHORT]
+    done = run(*base, "--reward", "mine:bright", "--lr", 1e-3, "--steps", 10, "--exit-step", "last", "--out",
+               tmp_path / "bright", env=env)
+    assert done.returncode == 0, done.stderr
+    rewards = [m["reward"] for m in metrics(tmp_path / "bright")]
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.1
+    done = run(*base, "--reward", "mine:broken", "--steps", 5, "--out", tmp_path / "broken", env=env)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"reward is inf at step 3; the last good state is step 2 in {tmp_path / 'broken/state.pt'}" in \
+        done.stderr.replace("nan", "inf").replace("-inf", "inf")
+    done = run(*base, "--reward", "mine:wrong", "--steps", 5, "--out", tmp_path / "wrong", env=env)
+    assert done.returncode == 2 and "the reward returned shape ()" in done.stderr
+
+
+def test_frame_wise_and_first_steps_of_the_whole_path(tmp_path):
+    """Each stage's file is what the next one takes, chunk 1; and generate.py shows both kinds of student."""
+    for args in (["distill_dmd.py", "--ratio", 1, "--steps", 1, "--out", tmp_path / "student"],
+                 ["ode_init.py", "sample", "--frames", 9, "--count", 2, "--steps", 4, "--out", tmp_path / "data"],
+                 ["ode_init.py", "train", "--data", tmp_path / "data", "--init", tmp_path / "student/model.safetensors",
+                  "--chunk", 1, "--steps", 1, "--out", tmp_path / "ode"],
+                 ["reward_forcing.py", "--init", tmp_path / "ode/model.safetensors", "--steps", 1, "--reward-frames",
+                  "random", "--out", tmp_path / "reward"]):
+        flags = ["--batch", 2, *([] if "sample" in args else ["--sample-every", 0, "--frames", 9])]
+        done = run(*args, *flags)
+        assert done.returncode == 0, done.stderr
+    assert "chunks of 1 latent frames" in done.stdout
+    for checkpoint, flags in (("student", ["--bidirectional"]), ("reward", [])):
+        done = run("generate.py", CAPTIONS[0], "--checkpoint", tmp_path / checkpoint / "model.safetensors", *flags,
+                   "--frames", 9, "--out", tmp_path / f"{checkpoint}.mp4")
+        assert done.returncode == 0 and "timesteps 1000, 900, 750, 500" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("args, words", [
+    (["reward_forcing.py"], "no --init: reward forcing starts from a causal few-step generator"),
+    (["reward_forcing.py", "--init", "{student}"], "kind = bidirectional, but kind = causal is needed here"),
+    (["ode_init.py", "train", "--data", "{data}", "--init", "{ode}"], "but kind = bidirectional is needed here"),
+    (["reward_forcing.py", "--init", "{ode}", "--reward", "nothing:here"], "--reward nothing:here cannot be loaded"),
+    (["reward_forcing.py", "--init", "{ode}", "--reward-model", "{empty}"], "holds neither ImageReward.pt nor"),
+    (["distill_dmd.py", "--frames", 12], "--frames 12 is not 1 + 4k: take 13"),
+    (["distill_dmd.py", "--height", 60], "must be positive multiples of 16"),
+    (["distill_dmd.py", "--batch", 0], "--batch 0 must be at least 1"),
+    (["distill_dmd.py", "--prompts", "{empty}/none.txt"], "none.txt"),
+    (["distill_dmd.py", "--out", "{run}"], "already holds a run: go on with --resume"),
+    (["distill_dmd.py", "--out", "{run}", "--resume"], "was begun with"),
+    (["ode_init.py", "train", "--data", "{empty}"], "holds no trajectories: make them with ode_init.py sample"),
+    (["ode_init.py", "train", "--data", "{damaged}"], "is not a shard of trajectories, or is damaged"),
+    (["ode_init.py", "sample", "--out", "{data}", "--seed", 5], "holds trajectories with"),
+    (["distill_dmd.py", "--out", "/dev/null/x"], "cannot write to /dev/null/x"),
+])
+def test_bad_input_is_one_sentence(made, tmp_path, args, words):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/trajectories_000000.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{nothing")
+    (tmp_path / "run").mkdir()
+    torch.save({"step": 1, "settings": {"stage": "distill_dmd"}, "parts": {}}, tmp_path / "run/state.pt")
+    names = {"student": made / "student.safetensors", "ode": made / "ode.safetensors", "data": made / "trajectories",
+             **{name: tmp_path / name for name in ("empty", "damaged", "run")}}
+    args = [a.format(**names) if isinstance(a, str) else a for a in args]
+    if "--out" not in args:
+        args += ["--out", tmp_path / "out"]
+    done = run(*args, *([] if "sample" in args else ["--steps", 1]))
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: ") and words in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "out/state.pt").exists()
