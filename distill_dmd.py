@@ -1,35 +1,65 @@
 """Stage: few-step distillation by distribution matching (DMD): Wan 2.1 -> a student that samples in a few steps.
 
-Papers: DMD2 (arXiv 2405.14867), CausVid (2412.07772), Self Forcing (2506.08009); Reward-Forcing 3.4, first stage.
+Papers: DMD2 (arXiv 2405.14867), CausVid (2412.07772), Self Forcing (2506.08009), RAVEN (2605.15190) 3; Reward-Forcing
+3.4, first stage, and 5.1, the ablation with a reward.
 
 One step:
   `--ratio` times, the critic:    x0 = student's sample; flow matching of the fake score on it
   once, the generator:
-    1. x0 = student's sample by backward simulation: the consistency sampler without gradient up to an exit step drawn
-       at random, whose prediction carries gradient
+    1. x0 = student's sample, with gradient where the history in the table below has it
     2. x_s = (1 - s) x0 + s eps, with s random
     3. real = frozen teacher with guidance, fake = critic, both as predictions of x0 from x_s
-    4. d = (fake - real) / mean|x0 - real|;  loss = 1/2 |x0 - sg(x0 - d)|^2, whose gradient at x0 is d
+    4. d = (fake - real) / mean|x0 - real|;  loss = 1/2 w |x0 - sg(x0 - d)|^2, whose gradient at x0 is w d
+
+  --history           what a chunk sees of the past                        gradient to it   noisy states
+  (bidirectional)     everything                                           -                its own, at a random step
+  diffusion-forcing   the noisy chunks before it (CausVid)                 yes              data, noised per chunk
+  teacher-forcing     clean data                                           yes              data, noised per chunk
+  self-forcing        its own endpoints, cached                            no               its own, at a random step
+  raven               its own endpoints, encoded again in the one forward  yes              its own, at a random step
+Data are the endpoints of ODE trajectories, so no stage needs real videos.
 
   paper         code              paper             code
   G_theta       generator         s_real, s_fake    teacher, critic (as x0 predictions)
   tau, s        t                 grad of D_KL      direction
+  z^_j^(u)      states[level]     x^_j              endpoints                   pi_alpha   chunk_weights
 
-Needs prompts only. Differs from DMD2: no GAN loss; from the public code: a direction that is not a number stops the run
-instead of being set to zero.
+Differs from DMD2: no GAN loss; from the public code: a direction that is not a number stops the run instead of being
+set to zero. A step is one generator update here; the public scripts count critic updates.
 
     python distill_dmd.py --out runs/student                                             # tiny model, CPU, minutes
+    python distill_dmd.py --student causal --history raven --init runs/ode/model.safetensors --out runs/raven
     torchrun --standalone --nproc_per_node 8 distill_dmd.py --model Wan-AI/Wan2.1-T2V-1.3B --accum 8 --out runs/student
+    torchrun --standalone --nproc_per_node 8 distill_dmd.py --model Wan-AI/Wan2.1-T2V-1.3B --student causal \\
+        --history self-forcing --teacher Wan-AI/Wan2.1-T2V-14B --init runs/ode/model.safetensors --out runs/self_forcing
 """
 import argparse
+import dataclasses
 import random
+import sys
 
 import torch
 
-from wan_causal import (EMA, NEGATIVE_PROMPT, InputError, Run, add_noise, find_folder, format_steps, gaussian,
-                        guided_velocity, latent_shape, load_checkpoint, load_dit, load_text_encoder, load_vae,
-                        parse_stage, processes, read_prompts, require, rollout, run_script, sample_generators,
-                        sample_numbers, shift_sigma, shuffled, trainable, training_flags, warped_steps, x0_from_v)
+from wan_causal import (EMA, NEGATIVE_PROMPT, InputError, Run, Trajectories, add_noise, block_causal, chunk_sizes,
+                        chunk_weights, find_folder, format_steps, frame_reward, gaussian, guided_velocity,
+                        interleaved_x0, latent_shape, load_checkpoint, load_dit, load_image_reward, load_text_encoder,
+                        load_vae, parse_stage, processes, read_prompts, recorded_rollout, require, reward_gradient,
+                        rollout, run_script, sample_generators, sample_numbers, saved_steps, shift_sigma, shuffled,
+                        trainable, training_flags, warped_steps, x0_from_v)
+
+# The settings of the papers, as far as they differ: the flags' defaults for each history.
+# Guidance in the usual formula: CausVid's 3.5 and Self Forcing's 3.0 multiply (cond - uncond) on top of cond.
+SELF_FORCING = dict(steps=600, accum=8, lr=2e-6, critic_lr=4e-7, beta1=0.0, weight_decay=0.01, grad_clip=10.0, ema=0.99,
+                    ema_start=200, ratio=5, guidance=4.0, shift=5.0, chunk_weight_shift=0.0)
+CAUSVID = {**SELF_FORCING, 'steps': 1000, 'critic_lr': 2e-6, 'beta1': 0.9, 'guidance': 4.5, 'shift': 8.0}
+SETTINGS = {
+    'bidirectional': {**SELF_FORCING, 'guidance': 3.0},
+    'diffusion-forcing': CAUSVID,
+    'teacher-forcing': CAUSVID,
+    'self-forcing': SELF_FORCING,
+    'raven': {**SELF_FORCING, 'steps': 300, 'accum': 4, 'weight_decay': 0.0, 'grad_clip': 1000.0, 'ema': 0.9675,
+              'ema_start': 0, 'ratio': 2, 'guidance': 3.0, 'chunk_weight_shift': -1.0},
+}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -51,10 +81,14 @@ def dmd_direction(x0, fake, real):
     return (fake - real) / scale
 
 
-def dmd_loss(x0, direction):
-    """1/2 mean (x0 - sg(x0 - direction))^2 in float64: its gradient is direction / x0.numel()."""
+def dmd_loss(x0, direction, weights=1.0):
+    """1/2 mean w (x0 - sg(x0 - direction))^2 in float64: its gradient is w direction / x0.numel().
+
+    x0, direction (B, C, F, H, W); weights (F,), see `chunk_weights`.
+    """
     target = (x0.double() - direction).detach()  # no gradient through the scores
-    return 0.5 * (x0.double() - target).square().mean()
+    square = (x0.double() - target).square()
+    return 0.5 * (square.mean(dim=(0, 1, 3, 4)) * weights).mean()
 
 
 def flow_loss(model, x0, t, context, eps):
@@ -72,13 +106,81 @@ def compare_scores(x0, teacher, critic, context, negative, guidance, shift, gene
     return dmd_direction(x0, fake, real)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The student's sample
+def with_reward(direction, gradient, weight):
+    """Distillation and reward on the same scale, summed (Reward-Forcing 5.1; the paper gives no formula).
 
-def student_sample(generator, noise, context, steps, exit_step, generators):
-    """x0 (B, C, F, H, W) of the bidirectional student; the step `exit_step` carries gradient if gradients are on."""
-    chunk, = rollout(generator, noise, context, steps, [noise.shape[2]], exit_step=exit_step, generator=generators)
-    return chunk.x0
+    direction, and the reward's gradient at x0, which goes the other way: both (B, C, F, H, W). Per sample, the
+    gradient is brought to the direction's norm.
+    """
+    gradient = gradient.double()
+    scale = direction.flatten(1).norm(dim=1) / gradient.flatten(1).norm(dim=1).clamp(min=1e-12)
+    return direction - weight * scale.view(-1, 1, 1, 1, 1) * gradient
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The student's sample: the histories
+
+@dataclasses.dataclass
+class Batch:
+    """What one backward pass starts from."""
+    prompts: list
+    context: torch.Tensor  # (B, L', text_dim)
+    generators: list  # of the noise, one per sample
+    level: int  # the exit step, or the step whose states are trained: the same for all samples and ranks
+    noise: torch.Tensor  # (B, C, F, H, W)
+    data: torch.Tensor | None = None  # clean latents (B, C, F, H, W), for the histories that come from data
+    states: list = ()  # RAVEN's rollout: per step the noisy states of all chunks (B, C, F, H, W)
+    endpoints: torch.Tensor | None = None  # and their clean endpoints
+
+
+def own_rollout(generator, b, steps, chunks, grad_from=0):
+    """Self Forcing alg. 1: x0 of the rollout whose chunks all stop at step b.level, which carries gradient.
+
+    The history is in the cache, a constant. With one chunk: backward simulation of the bidirectional student.
+    """
+    parts = rollout(generator, b.noise, b.context, steps, chunks, exit_step=b.level, grad_from=grad_from,
+                    generator=b.generators)
+    return torch.cat([part.x0 for part in parts], dim=2)
+
+
+def denoise_data(generator, b, steps, chunks, clean_history):
+    """CausVid (history: the noisy chunks) and teacher forcing (history: the clean data): one forward over all chunks.
+
+    Each chunk has a timestep of its own among `steps`; for CausVid also 0, as its history is clean at inference.
+    """
+    levels = torch.tensor([*steps] if clean_history else [*steps, 0.0], device=b.data.device)
+    index = torch.stack([torch.randint(len(levels), (len(chunks),), generator=g, device=g.device)
+                         for g in b.generators]).to(b.data.device)
+    t = levels[index].repeat_interleave(torch.tensor(chunks, device=b.data.device), dim=1)  # (B, F)
+    x_t = add_noise(b.data, gaussian(b.data.shape, b.generators, b.data.device), t)
+    if clean_history:
+        return interleaved_x0(generator, x_t, t, b.data, b.context, chunks)
+    return x0_from_v(x_t, generator(x_t, t, b.context, block_causal(chunks)), t)
+
+
+def student_sample(history, generator, b, steps, chunks, grad_from=0):
+    """x0 (B, C, F, H, W) of the student, with the gradient that its history allows (if gradients are on)."""
+    if history == 'raven':  # the latents are constants, the history is encoded in the graph
+        x_t = b.states[b.level]
+        t = torch.full((x_t.shape[0], x_t.shape[2]), steps[b.level], device=x_t.device)
+        return interleaved_x0(generator, x_t, t, b.endpoints, b.context, chunks)
+    if history in ('diffusion-forcing', 'teacher-forcing'):
+        return denoise_data(generator, b, steps, chunks, history == 'teacher-forcing')
+    return own_rollout(generator, b, steps, chunks, grad_from)
+
+
+def last_window(x0, frames, vae):
+    """The last `frames` latent frames of a longer rollout (B, C, F, H, W), as the teacher expects a clip.
+
+    Its first latent frame stands for four video frames there, but for one in a clip: its last video frame is encoded
+    anew, without gradient (Self Forcing).
+    """
+    start = x0.shape[2] - frames
+    if start == 0:
+        return x0
+    with torch.no_grad():
+        first = vae.encode(vae.decode(x0[:, :, :start + 1])[:, :, -1:])
+    return torch.cat([first, x0[:, :, start + 1:]], dim=2)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -86,19 +188,41 @@ def student_sample(generator, noise, context, steps, exit_step, generators):
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description='Few-step distillation by distribution matching.',
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    training_flags(p, out='runs/distill_dmd', steps=600, accum=8, ema_start=200)
-    g = p.add_argument_group('distillation')
-    g.add_argument('--student', choices=['bidirectional'], default='bidirectional', help='what is trained')
+    training_flags(p, out='runs/distill_dmd')
+    g = p.add_argument_group('student')
+    g.add_argument('--student', choices=['bidirectional', 'causal'], default='bidirectional', help='what is trained')
+    g.add_argument('--history', choices=list(SETTINGS)[1:], default='self-forcing', help='of the causal student')
     g.add_argument('--init', metavar='FILE', help='weights that the student starts from (default: --model)')
+    g.add_argument('--chunk', type=int, help='latent frames per chunk; 1 is frame-wise (default: as --init, else 3)')
+    g.add_argument('--data', default='runs/trajectories', metavar='FOLDER',
+                   help='ODE trajectories, for the histories that need data')
+    g.add_argument('--rollout-frames', type=int, metavar='N',
+                   help='self-forcing: roll out this many video frames, and train the last --frames of them')
+    g = p.add_argument_group('distribution matching')
     g.add_argument('--teacher', help='the Wan model of the real score, e.g. the 14B one (default: --model)')
-    g.add_argument('--shift', type=float, default=5.0, help='timestep shift, of the student and of the scores')
-    g.add_argument('--guidance', type=float, default=3.0, help='of the real score, usual formula; 1 is off')
+    g.add_argument('--shift', type=float, help='timestep shift of the scores, and of the student unless --init says')
+    g.add_argument('--guidance', type=float, help='of the real score, usual formula; 1 is off')
     g.add_argument('--negative', default=NEGATIVE_PROMPT, help='negative prompt of the real score')
-    g.add_argument('--ratio', type=int, default=5, help='critic updates per generator update')
-    g.add_argument('--critic-lr', type=float, default=4e-7, help='learning rate of the critic')
+    g.add_argument('--ratio', type=int, help='critic updates per generator update')
+    g.add_argument('--critic-lr', type=float, help='learning rate of the critic')
+    g.add_argument('--chunk-weight-shift', type=float,
+                   help='loss weights: -1 later chunks more, 1 earlier ones, 0 all alike')
+    g.add_argument('--reward-weight', type=float, default=0.0, help='of an ImageReward of the last frame; 0: none')
+    g.add_argument('--reward-model', default='THUDM/ImageReward', help='ImageReward\'s folder or hub repository')
+    asked = p.parse_known_args(sys.argv[1:] if argv is None else argv)[0]
+    asked.history = asked.history if asked.student == 'causal' else 'bidirectional'
+    p.set_defaults(**SETTINGS[asked.history])
     args = parse_stage(p, 'distill_dmd', argv)
+    args.history = asked.history
     if args.ratio < 1:
         raise InputError(f'--ratio {args.ratio} must be at least 1')
+    if args.student == 'causal' and not args.init:
+        raise InputError('no --init: a causal student starts from a causal few-step one, such as the result of '
+                         'ode_init.py train')
+    if args.rollout_frames and (args.history != 'self-forcing' or args.rollout_frames < args.frames
+                                or args.rollout_frames % 4 != 1):
+        raise InputError(f'--rollout-frames {args.rollout_frames} needs --history self-forcing, and must be 1 + 4k and '
+                         f'at least --frames {args.frames}')
     return args
 
 
@@ -110,22 +234,33 @@ def main():
 
 def train(args, process):
     # --- setup
-    device = process.device
+    device, causal = process.device, args.student == 'causal'
     dtype = getattr(torch, args.dtype or ('bfloat16' if device.type == 'cuda' else 'float32'))
-    steps = warped_steps(shift=args.shift)
     prompts, held_out = read_prompts(args)
-    process.print(f'timesteps {format_steps(steps)}; all frames at once')
 
     # --- models
     folder = find_folder(args.model)
     text, vae = load_text_encoder(folder, dtype, device), load_vae(folder, dtype, device)
+    reward = frame_reward(load_image_reward(args.reward_model, device)) if args.reward_weight else None
     net, critic_net = (trainable(load_dit(folder), args, device, dtype) for _ in range(2))
-    if args.init:
-        require(load_checkpoint(net, args.init), args.init, kind='bidirectional')
+    metadata = load_checkpoint(net, args.init) if args.init else {}
+    require(metadata, args.init, kind=args.student)
     teacher = load_dit(args.teacher or folder, dtype, device).eval().requires_grad_(False)  # frozen
     generator, critic = process.wrap(net), process.wrap(critic_net)
     negative = text([args.negative] * args.batch).float()
-    shape = latent_shape(args, net.config)
+
+    # --- the video and its chunks
+    C, F, H, W = shape = latent_shape(args, net.config)
+    steps = saved_steps(metadata) or warped_steps(shift=args.shift)
+    chunk = (args.chunk or int(metadata.get('chunk', 3))) if causal else F
+    rolled = 1 + (args.rollout_frames - 1) // 4 if args.rollout_frames else F  # latent frames that are rolled out
+    chunks = chunk_sizes(rolled, chunk)
+    weights = chunk_weights(chunk_sizes(F, chunk), args.chunk_weight_shift).to(device)
+    data = Trajectories(args.data) if args.history in ('diffusion-forcing', 'teacher-forcing') else None
+    if data and tuple(data[0][0].shape[1:]) != shape:
+        raise InputError(f'{args.data} holds latents {tuple(data[0][0].shape[1:])}, but the flags ask for {shape}')
+    how = f'history {args.history}, chunks of {chunk} latent frames' if causal else 'all frames at once'
+    process.print(f'timesteps {format_steps(steps)}; {how}')
 
     # --- optimizers
     ema = EMA(net, args.ema, args.ema_start)
@@ -136,26 +271,36 @@ def train(args, process):
               critic_optimizer=critic_optimizer)
 
     def draw(update, micro):
-        """Noise, text and an exit step for one backward pass; every update has its own samples."""
+        """What one backward pass starts from; every update has its own samples."""
         numbers = sample_numbers(args, process, update, micro)
         generators = sample_generators(args, numbers, device)
-        context = text([shuffled(prompts, n, args.seed) for n in numbers]).float()
-        noise = gaussian((args.batch, *shape), generators, device)
-        exit_step = random.Random(f'{args.seed} {update}').randrange(len(steps))  # the same on all ranks
-        return noise, context, exit_step, generators
+        clean = None
+        if data:
+            states, captions = zip(*(shuffled(data, n, args.seed) for n in numbers))
+            clean = torch.stack([s[-1] for s in states]).to(device)
+        else:
+            captions = [shuffled(prompts, n, args.seed) for n in numbers]
+        level = random.Random(f'{args.seed} {update}').randrange(len(steps))  # the same on all ranks
+        noise = gaussian((args.batch, C, rolled, H, W), generators, device)
+        return Batch(list(captions), text(list(captions)).float(), generators, level, noise, clean)
 
     # --- loop
     for step in run.steps():
         update = step * (args.ratio + 1)
         for update in range(update, update + args.ratio):  # the critic follows the student's distribution
-            critic_loss = 0
+            critic_loss, batches = 0, []
             for micro in range(args.accum):
-                noise, context, exit_step, generators = draw(update, micro)
-                with torch.no_grad():  # the critic's loss does not train the generator
-                    x0 = student_sample(generator, noise, context, steps, exit_step, generators)
-                t = score_timestep(generators, args.shift, device)
+                b = draw(update, micro)
+                batches.append(b)
+                if args.history == 'raven':
+                    b.states, b.endpoints = recorded_rollout(generator, b.noise, b.context, steps, chunks, b.generators)
+                    x0 = b.endpoints
+                else:
+                    with torch.no_grad():  # the critic's loss does not train the generator
+                        x0 = last_window(student_sample(args.history, generator, b, steps, chunks), F, vae)
+                t = score_timestep(b.generators, args.shift, device)
                 with process.sync(critic, micro == args.accum - 1):
-                    loss = flow_loss(critic, x0, t, context, gaussian(x0.shape, generators, device)) / args.accum
+                    loss = flow_loss(critic, x0, t, b.context, gaussian(x0.shape, b.generators, device)) / args.accum
                     loss.backward()
                 critic_loss += loss.item()
             critic_norm = torch.nn.utils.clip_grad_norm_(critic_net.parameters(), args.grad_clip)
@@ -163,19 +308,25 @@ def train(args, process):
             critic_optimizer.step()
             critic_optimizer.zero_grad(set_to_none=True)
 
-        dmd_norm = motion = 0
+        sums = torch.zeros(3)  # size of the direction, motion, reward
         for micro in range(args.accum):
-            noise, context, exit_step, generators = draw(update + 1, micro)
+            # RAVEN trains on the rollout that the critic has just seen; the others on a new one
+            b = batches[micro] if args.history == 'raven' else draw(update + 1, micro)
             with process.sync(generator, micro == args.accum - 1):
-                x0 = student_sample(generator, noise, context, steps, exit_step, generators)
-                direction = compare_scores(x0.detach(), teacher, critic_net, context, negative, args.guidance,
-                                           args.shift, generators)
-                (dmd_loss(x0, direction) / args.accum).backward()
-            dmd_norm += direction.abs().mean().item() / args.accum
-            motion += x0.detach().diff(dim=2).abs().mean().item() / args.accum
+                x0 = student_sample(args.history, generator, b, steps, chunks, grad_from=rolled - F)
+                x0 = last_window(x0, F, vae)
+                direction = compare_scores(x0.detach(), teacher, critic_net, b.context, negative, args.guidance,
+                                           args.shift, b.generators)
+                score = torch.zeros(1)
+                if reward:
+                    score, gradient = reward_gradient(reward, vae, x0.detach(), b.prompts, [args.frames - 1])
+                    direction = with_reward(direction, gradient, args.reward_weight)
+                (dmd_loss(x0, direction, weights) / args.accum).backward()
+            moving = x0.detach().diff(dim=2).abs().mean() if F > 1 else torch.zeros(())
+            sums += torch.tensor([direction.abs().mean(), moving, score.mean()]) / args.accum
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip)
-        metrics = run.check(critic_loss=critic_loss, dmd=dmd_norm, grad_norm=norm, critic_norm=critic_norm,
-                            motion=motion)
+        metrics = run.check(critic_loss=critic_loss, dmd=sums[0], grad_norm=norm, critic_norm=critic_norm,
+                            motion=sums[1], **({'reward': sums[2]} if reward else {}))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema.update(net, step)
@@ -184,10 +335,10 @@ def train(args, process):
         run.report(**metrics)
         if run.due(args.sample_every):
             with ema.swapped_in(net):
-                for _ in run.samples(net, vae, text, held_out, shape, steps, [shape[1]]):
+                for _ in run.samples(net, vae, text, held_out, shape, steps, chunk_sizes(F, chunk)):
                     pass
         if run.due(args.save_every):
-            run.save(ema.average, steps, kind='bidirectional', shift=args.shift, config=net.config)
+            run.save(ema.average, steps, kind=args.student, history=args.history, chunk=chunk, config=net.config)
 
 
 if __name__ == '__main__':

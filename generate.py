@@ -55,6 +55,9 @@ def parse_args(argv=None):
     g.add_argument('--first-chunk', type=int, help='latent frames of the first chunk (default: as --chunk)')
     g.add_argument('--window', type=int, help='latent frames a frame may see, its chunk included (default: all)')
     g.add_argument('--sink', type=int, default=0, help='of these, how many are the video\'s first ones')
+    g.add_argument('--overlap', type=int, metavar='N',
+                   help='long videos as CausVid makes them: rollouts of the model\'s length, each of which starts from '
+                        'the last N latent frames before it, instead of one rollout with a rolling cache')
     g = p.add_argument_group('bidirectional sampling')
     g.add_argument('--bidirectional', action='store_true', help='all frames at once: the teacher, or a student')
     g.add_argument('--steps', type=int, default=50, help='solver steps')
@@ -88,13 +91,13 @@ def check(args, defaults):
     if args.frames < 1 or args.frames % 4 != 1:
         near = max(1, args.frames // 4 * 4 + 1)
         raise InputError(f'--frames {args.frames} is not 1 + 4k: take {near} or {near + 4}')
-    if 1 + (args.frames - 1) // 4 > MAX_POSITION:
+    if latent_frames(args.frames) > MAX_POSITION and not args.overlap:
         raise InputError(f'--frames {args.frames} is past the RoPE table: Wan has {MAX_POSITION} positions, '
                          f'{1 + 4 * (MAX_POSITION - 1)} frames')
     if args.height < 16 or args.width < 16 or args.height % 16 or args.width % 16:
         raise InputError(f'{args.width}x{args.height} pixels: width and height must be positive multiples of 16')
     for name, value in (('--chunk', args.chunk), ('--first-chunk', args.first_chunk), ('--window', args.window),
-                        ('--steps', args.steps)):
+                        ('--steps', args.steps), ('--overlap', args.overlap)):
         if value is not None and value < 1:
             raise InputError(f'{name} {value} must be at least 1')
     if args.sink < 0 or (args.sink and args.window is None):
@@ -105,8 +108,10 @@ def check(args, defaults):
     if args.shift <= 0:
         raise InputError(f'--shift {args.shift} must be positive')
     args.bidirectional = args.bidirectional or args.checkpoint is None
-    if args.bidirectional and (args.init or args.window):
-        raise InputError('--init and --window need a causal generator: give its weights with --checkpoint')
+    if args.bidirectional and (args.init or args.window or args.overlap):
+        raise InputError('--init, --window and --overlap need a causal generator: give its weights with --checkpoint')
+    if args.overlap and (args.init or args.window):
+        raise InputError('--overlap goes with neither --init nor --window: it is another way to make long videos')
     if args.out.endswith('.mp4') and len(prompts) > 1:
         raise InputError(f'--out {args.out} is one file, but there are {len(prompts)} prompts: give a folder')
     return prompts
@@ -151,6 +156,11 @@ def read_frames(file, height, width):
     return frames[:, :, top:top + height, left:left + width].transpose(0, 1).unsqueeze(0)
 
 
+def latent_frames(frames):
+    """Latent frames of a video of 1 + 4k frames."""
+    return 1 + (frames - 1) // 4
+
+
 class Clock:
     """Seconds spent in each part; waits for the device around a part only when it is asked to (--bench)."""
 
@@ -169,10 +179,46 @@ class Clock:
         return result
 
 
-def latent_chunks(model, args, context, negative, noise, init, generator, settings):
-    """Yield clean latents (1, C, f, H/8, W/8) in order, as soon as they exist."""
-    timesteps, chunks = settings
-    if args.bidirectional and not timesteps:
+def decoded(clock, vae, steps, kept=None):
+    """Latents as they come -> video (3, T, H, W), piece by piece; the latents are also appended to the list `kept`."""
+    cache = {}
+    while (latents := clock.measure('DiT', next, steps, None)) is not None:
+        if kept is not None:
+            kept.append(latents)
+        yield clock.measure('decoder', vae.decode, latents, cache)[0]
+
+
+def overlapping(clock, vae, args, rolled):
+    """CausVid's long rollout (minimal_inference/longvideo_...): segments, each starting from the end of the one before.
+
+    rolled(init, frames): latents of a segment of `frames` video frames, in pieces, `init` first. A segment gives up
+    its last 4 (overlap - 1) + 1 frames, which the next one begins with: the first of them encoded anew as a picture,
+    as a clip's first latent frame is, and the last overlap - 1 latent frames as they are. Positions start from 0 again.
+    """
+    again = 4 * (args.overlap - 1) + 1
+    init, left = None, args.frames
+    while True:
+        frames = min(args.segment, left)
+        last, shown, kept, video = frames == left, 0, [], []
+        for piece in decoded(clock, vae, rolled(init, frames), kept):
+            video = [*video, piece][-(again // 4 + 2):]  # enough to hold the frames that are given up
+            yield piece if last else piece[:, :max(0, frames - again - shown)]
+            shown += piece.shape[1]
+        if last:
+            return
+        left -= frames - again
+        first = vae.encode(torch.cat(video, dim=1)[None, :, -again:][:, :, :1])
+        kept = torch.cat(kept, dim=2)
+        init = torch.cat([first, kept[:, :, kept.shape[2] - (args.overlap - 1):]], dim=2)
+
+
+def latent_chunks(model, args, context, negative, init, frames, generator):
+    """Yield clean latents (1, C, f, H/8, W/8) of `frames` video frames in order, as soon as they exist, init first."""
+    new = latent_frames(frames) - (0 if init is None else init.shape[2])
+    chunks = [new] if args.bidirectional else chunk_sizes(new, args.chunk, args.first_chunk)
+    shape = (1, model.config.in_dim, new, args.height // 8, args.width // 8)
+    noise = gaussian(shape, generator, generator.device)
+    if args.bidirectional and not args.timesteps:
         states = ode_trajectory(model, noise, context, negative, sigma_schedule(args.steps, args.shift), args.guidance,
                                 args.solver)
         for x in tqdm(states, total=args.steps + 1, desc='solver steps', leave=False, disable=args.quiet):
@@ -181,12 +227,12 @@ def latent_chunks(model, args, context, negative, noise, init, generator, settin
         return
     if init is not None:
         yield init
-    for chunk in rollout(model, noise, context, timesteps, chunks, window=args.window, sink=args.sink, init=init,
+    for chunk in rollout(model, noise, context, args.timesteps, chunks, window=args.window, sink=args.sink, init=init,
                          generator=generator):
         yield chunk.x0
 
 
-def generate(parts, args, prompt, seed, path, process, settings, negative, init):
+def generate(parts, args, prompt, seed, path, process, negative, init):
     """One video to `path`; returns the Clock. Frames are written as each chunk is decoded.
 
     negative: the text embedding for guidance, or None. init: latents that the video goes on from, or None.
@@ -195,15 +241,16 @@ def generate(parts, args, prompt, seed, path, process, settings, negative, init)
     clock = Clock(process.device, args.bench)
     context = clock.measure('text', text, [prompt])
     generator = seeded(seed, process.device)
-    shape = (1, model.config.in_dim, sum(settings[1]), args.height // 8, args.width // 8)
-    noise = gaussian(shape, generator, process.device)
-    temporary, cache = path.with_name(f'.{path.stem}.part.mp4'), {}
-    steps = latent_chunks(model, args, context, negative, noise, init, generator, settings)
+
+    def rolled(init, frames):
+        return latent_chunks(model, args, context, negative, init, frames, generator)
+
+    pieces = overlapping(clock, vae, args, rolled) if args.overlap else decoded(clock, vae, rolled(init, args.frames))
+    temporary = path.with_name(f'.{path.stem}.part.mp4')
     try:
         with imageio.get_writer(temporary, fps=args.fps, quality=8, macro_block_size=2) as writer, \
                 tqdm(total=args.frames, unit='frame', desc=path.name[:30], disable=args.quiet) as bar:
-            while (latents := clock.measure('DiT', next, steps, None)) is not None:
-                frames = clock.measure('decoder', vae.decode, latents, cache)[0]  # (3, T, H, W)
+            for frames in pieces:  # (3, T, H, W)
                 frames = ((frames + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
                 clock.seconds.setdefault('first', [clock.now()])
                 for frame in frames:
@@ -239,7 +286,7 @@ def main():
     args = parse_args()
     folder = find_folder(args.model)
     defaults = {**DEFAULTS, **model_defaults(folder)}
-    args.fps = defaults['fps']
+    args.fps, args.segment = defaults['fps'], defaults['frames']
     prompts = check(args, defaults)
     paths = output_paths(args, prompts)
     given = read_frames(args.init, args.height, args.width) if args.init else None  # before any model: may be bad
@@ -254,26 +301,29 @@ def main():
             require(metadata, args.checkpoint, kind='bidirectional' if args.bidirectional else 'causal')
         vae, text = load_vae(folder, dtype, process.device), load_text_encoder(folder, dtype, process.device)
 
-        timesteps = args.timesteps or saved_steps(metadata) or (None if args.bidirectional else warped_steps())
-        chunk = args.chunk or int(metadata.get('chunk', 3))
+        args.timesteps = args.timesteps or saved_steps(metadata) or (None if args.bidirectional else warped_steps())
+        args.chunk = args.chunk or int(metadata.get('chunk', 3))
         init = None if given is None else vae.encode(given.to(process.device))
-        new = 1 + (args.frames - 1) // 4 - (0 if init is None else init.shape[2])
+        new = latent_frames(args.frames) - (0 if init is None else init.shape[2])
         if new < 1:
             raise InputError(f'--init {args.init} already has {4 * (init.shape[2] - 1) + 1} usable frames: --frames '
                              f'{args.frames} must be more')
-        chunks = [new] if args.bidirectional else chunk_sizes(new, chunk, args.first_chunk)
-        if args.window is not None and args.window < max(chunks) + args.sink:
-            raise InputError(f'--window {args.window} is smaller than a chunk of {max(chunks)} and a sink of '
-                             f'{args.sink} latent frames together')
-        negative = text([args.negative]) if args.bidirectional and not timesteps and args.guidance != 1 else None
-        if args.bidirectional and timesteps:
-            process.print(f'timesteps {format_steps(timesteps)}; all frames at once')
-        elif args.bidirectional:
+        widest = max(chunk_sizes(new, args.chunk, args.first_chunk))
+        if args.window is not None and args.window < widest + args.sink:
+            raise InputError(f'--window {args.window} is smaller than a chunk of {widest} and a sink of {args.sink} '
+                             'latent frames together')
+        if args.overlap and (args.overlap % args.chunk or args.overlap >= latent_frames(args.segment)):
+            raise InputError(f'--overlap {args.overlap} must be a multiple of the chunk of {args.chunk}, and less than '
+                             f'the {latent_frames(args.segment)} latent frames of a segment')
+        solver = args.bidirectional and not args.timesteps
+        negative = text([args.negative]) if solver and args.guidance != 1 else None
+        if solver:
             process.print(f'{args.model} is sampled as the bidirectional teacher: {args.steps} {args.solver} steps, '
                           f'shift {args.shift}, guidance {args.guidance}'
                           + ('' if args.checkpoint else '; a causal generator would come with --checkpoint'))
         else:
-            process.print(f'timesteps {format_steps(timesteps)}; chunks of {chunk} latent frames')
+            how = 'all frames at once' if args.bidirectional else f'chunks of {args.chunk} latent frames'
+            process.print(f'timesteps {format_steps(args.timesteps)}; {how}')
         if args.compile:
             for block in model.blocks:
                 block.before, block.after = torch.compile(block.before), torch.compile(block.after)
@@ -283,7 +333,7 @@ def main():
         for i in range(process.rank, len(prompts), process.world):
             for _ in range(2 if args.bench else 1):
                 clock = generate((model, vae, text), args, prompts[i], args.seed + i, paths[i], process,
-                                 (timesteps, chunks), negative, init)
+                                 negative, init)
             if args.bench:
                 bench_table(clock, args, process)
             seconds = clock.seconds['total'][0]

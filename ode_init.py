@@ -28,13 +28,13 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from tqdm import tqdm
 
-from wan_causal import (EMA, NEGATIVE_PROMPT, InputError, Run, block_causal, chunk_sizes, find_folder, format_steps,
-                        gaussian, latent_shape, load_checkpoint, load_dit, load_text_encoder, load_vae, ode_trajectory,
-                        parse_stage, processes, read_prompts, replace_file, require, run_script, sample_generators,
-                        sample_numbers, shuffled, trainable, training_flags, warped_steps, x0_from_v)
+from wan_causal import (EMA, NEGATIVE_PROMPT, InputError, Run, Trajectories, block_causal, chunk_sizes, find_folder,
+                        format_steps, gaussian, latent_shape, load_checkpoint, load_dit, load_text_encoder, load_vae,
+                        ode_trajectory, parse_stage, processes, read_prompts, replace_file, require, run_script,
+                        sample_generators, sample_numbers, shift_sigma, shuffled, trainable, training_flags,
+                        warped_steps, x0_from_v)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -45,13 +45,12 @@ def solver_grid(timesteps, shift, count):
 
     Even in the unshifted sigma between two timesteps. timesteps fall from 1000; indices: where they are in `sigmas`.
     """
-    edges = [t / 1000 / (shift - (shift - 1) * t / 1000) for t in timesteps] + [0.0]  # inverse of shift_sigma
+    edges = [shift_sigma(t / 1000, 1 / shift) for t in timesteps] + [0.0]  # 1 / shift undoes the shift
     sigmas, indices = [], []
     for t, high, low in zip(timesteps, edges, edges[1:]):
         indices.append(len(sigmas))
         n = max(1, round(count * (high - low)))
-        between = [high + (low - high) * i / n for i in range(1, n)]
-        sigmas += [t / 1000] + [shift * u / (1 + (shift - 1) * u) for u in between]
+        sigmas += [t / 1000] + [shift_sigma(high + (low - high) * i / n, shift) for i in range(1, n)]
     return sigmas + [0.0], indices + [len(sigmas)]
 
 
@@ -72,39 +71,9 @@ def regression_loss(x0, clean, t):
     return ((error * noisy).sum(1) / noisy.sum(1).clamp(min=1)).mean()
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Trajectories on disk: shards of a fixed range of numbers, each written whole or not at all
-
 def shard_path(folder, first):
+    """The file of the trajectories first, first + 1, ...: a fixed range of numbers, written whole or not at all."""
     return Path(folder) / f'trajectories_{first:06d}.safetensors'
-
-
-class Trajectories:
-    """The trajectories in a folder: len(), and [i] -> ((K + 1, C, F, H, W) float32, prompt)."""
-
-    def __init__(self, folder):
-        self.where, self.files, self.settings = [], {}, None
-        for path in sorted(Path(folder).glob('trajectories_*.safetensors')):
-            try:
-                file = self.files[path] = safe_open(path, 'pt')
-                settings, prompts = json.loads(file.metadata()['settings']), json.loads(file.metadata()['prompts'])
-                self.where += [(path, i, prompt) for i, prompt in enumerate(prompts)]
-            except Exception as error:
-                raise InputError(f'{path} is not a shard of trajectories, or is damaged: delete it, then run '
-                                 'ode_init.py sample again') from error
-            if settings != (self.settings or settings):
-                raise InputError(f'{path} was sampled with other settings than the shards before it: '
-                                 'use one folder for each setting')
-            self.settings = settings
-        if not self.where:
-            raise InputError(f'{folder} holds no trajectories: make them with ode_init.py sample --out {folder}')
-
-    def __len__(self):
-        return len(self.where)
-
-    def __getitem__(self, i):
-        path, row, prompt = self.where[i]
-        return self.files[path].get_slice('trajectory')[row].float(), prompt
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -28,27 +28,16 @@ import random
 import sys
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
-from wan_causal import (EMA, InputError, Run, chunk_sizes, find_folder, format_steps, gaussian, latent_shape,
-                        load_checkpoint, load_dit, load_image_reward, load_text_encoder, load_vae, parse_stage,
-                        processes, read_prompts, require, rollout, run_script, sample_generators, sample_numbers,
-                        saved_steps, shuffled, trainable, training_flags, warped_steps)
+from wan_causal import (EMA, InputError, Run, chunk_sizes, find_folder, format_steps, frame_reward, gaussian,
+                        latent_frame, latent_shape, load_checkpoint, load_dit, load_image_reward, load_text_encoder,
+                        load_vae, parse_stage, processes, read_prompts, require, reward_gradient, rollout,
+                        run_script, sample_generators, sample_numbers, saved_steps, shuffled, trainable,
+                        training_flags, warped_steps)
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Rewards
-
-def frame_reward(model):
-    """An ImageReward model -> a reward of videos: the mean score of the frames."""
-    def reward(video, prompts):
-        frames = video.unbind(2)
-        if len(frames) == 1:
-            return model.score(frames[0], prompts)
-        # one frame's activations at a time; the rest is recomputed in the backward pass
-        return torch.stack([checkpoint(model.score, f, prompts, use_reentrant=False) for f in frames]).mean(0)
-    return reward
-
 
 def load_reward(args, folder, device):
     """The reward that --reward names: 'imagereward', or `module:function` of the user's own."""
@@ -68,11 +57,6 @@ def rewarded_frames(mode, frames, random):
     return {'last': [frames - 1], 'random': [random.randrange(frames)], 'all': list(range(frames))}[mode]
 
 
-def latent_frame(frame):
-    """The latent frame that a video frame is decoded from: 0 | 1 1 1 1 | 2 2 2 2 | ..."""
-    return (frame + 3) // 4
-
-
 def chunk_of(chunks, frame):
     """Index of the chunk that holds a latent frame."""
     return next(i for i in range(len(chunks)) if frame < sum(chunks[:i + 1]))
@@ -81,38 +65,6 @@ def chunk_of(chunks, frame):
 def latent_motion(x0):
     """Mean absolute difference of neighbouring latent frames, x0 (B, C, F, H, W): falls when videos become static."""
     return x0.diff(dim=2).abs().mean() if x0.shape[2] > 1 else x0.new_zeros(())
-
-
-def reward_gradient(reward, vae, latents, prompts, frames):
-    """Rewards (B,) of some video frames, and their gradient in the latents (B, C, F, H, W), zero where not rewarded.
-
-    `frames`, ascending. The video is decoded once without a graph, up to the last frame that is needed. The reward's
-    gradient in the pixels is then taken back through the decoder for one latent frame at a time, from the decoder's
-    memory of the earlier ones, which is a constant: memory does not grow with the number of frames.
-    """
-    where = [latent_frame(frame) for frame in frames]
-    cache, memory, video = {}, {}, []
-    with torch.no_grad():
-        for i in range(where[-1] + 1):
-            if i in where:
-                memory[i] = dict(cache)  # the tensors in it are replaced by later frames, never written to
-            video.append(vae.decode(latents[:, :, i:i + 1], cache))
-        video = torch.cat(video, dim=2)
-    picked = video[:, :, frames].requires_grad_()  # (B, 3, len(frames), H, W)
-    with torch.enable_grad():
-        rewards = reward(picked, prompts)
-        if tuple(rewards.shape) != (len(prompts),):
-            raise InputError(f'the reward returned shape {tuple(rewards.shape)} for a video {tuple(picked.shape)} and '
-                             f'{len(prompts)} prompts: it must be ({len(prompts)},)')
-        pixels = torch.zeros_like(video)
-        pixels[:, :, frames], = torch.autograd.grad(rewards.sum(), picked)
-        gradient = torch.zeros_like(latents)
-        for i, remembered in memory.items():
-            z = latents[:, :, i:i + 1].detach().requires_grad_()
-            shown = vae.decode(z, remembered)
-            start = max(0, 4 * i - 3)
-            gradient[:, :, i:i + 1], = torch.autograd.grad(shown, z, pixels[:, :, start:start + shown.shape[2]])
-    return rewards.detach(), gradient
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -183,6 +183,19 @@ def chunk_sizes(frames, chunk=3, first=None):
     return sizes
 
 
+def chunk_weights(chunks, shift):
+    """Loss weight of each latent frame (F,), constant within a chunk, mean 1: RAVEN's chunk-wise weighting.
+
+    shift < 0 weights later chunks more, > 0 earlier ones, 0 all alike. With p_j the share of frames in chunks j..T
+    and pi_a(p) = a p / (1 + (a - 1) p): pi_|shift|(p_T / p_j) for shift < 0, pi_shift(p_j) for shift > 0.
+    """
+    total = sum(chunks)
+    p = [sum(chunks[j:]) / total for j in range(len(chunks))]
+    weights = [shift_sigma(p[-1] / q, -shift) if shift < 0 else shift_sigma(q, shift) if shift else 1.0 for q in p]
+    weights = torch.tensor([w for w, n in zip(weights, chunks) for _ in range(n)])
+    return weights / weights.mean()
+
+
 def runs(indices):
     """Sorted integers -> their contiguous runs as (start, stop): [0, 1, 2, 5] -> [(0, 3), (5, 6)]."""
     out = []
@@ -874,8 +887,16 @@ class Chunk:
     endpoints: list  # with record=True: the x0 predicted from each of them, without graph
 
 
+def consistency_kernel(x, x0, t, s):
+    """Where the consistency sampler goes from x at t, having predicted x0: N((1 - sigma_s) x0, sigma_s^2 I) at s.
+
+    Returns (mean, standard deviation, d mean / d x0).
+    """
+    return (1 - s / 1000) * x0, s / 1000, 1 - s / 1000
+
+
 def rollout(model, noise, context, steps, chunks, *, window=None, sink=0, init=None, cache=None, exit_step=None,
-            grad_from=0, record=False, generator=None):
+            grad_from=0, record=False, kernel=consistency_kernel, generator=None):
     """Generate a video chunk by chunk with the KV cache, and yield each `Chunk` as soon as it exists.
 
     Each chunk is denoised by the consistency sampler (CausVid, Self Forcing alg. 1): from x_t predict x0, and
@@ -894,6 +915,7 @@ def rollout(model, noise, context, steps, chunks, *, window=None, sink=0, init=N
                gradients are enabled). None: all steps, no gradient.
     grad_from  chunks that start before this latent frame carry no gradient.
     record     keep the noisy states and predictions.
+    kernel     where the sampler goes from a prediction: (x, x0, t, next t) -> (mean, standard deviation, ...).
     generator  of the re-noising noise: None, a torch.Generator, or one for each sample.
     """
     net = getattr(model, 'module', model)
@@ -930,13 +952,36 @@ def rollout(model, noise, context, steps, chunks, *, window=None, sink=0, init=N
                 chunk.endpoints.append(x0.detach())
             if k == exit_step or k == len(steps) - 1:
                 break
-            x = add_noise(x0, gaussian(x0.shape, generator, x0.device), steps[k + 1])
+            mean, std, *_ = kernel(x, x0, t, steps[k + 1])
+            x = mean + std * gaussian(x0.shape, generator, x0.device)
         chunk.x0 = x0
         yield chunk
         start += n
         if i < len(chunks) - 1:
             with torch.no_grad():
                 forward(x0.detach(), 0, start - n)
+
+
+@torch.no_grad()
+def recorded_rollout(model, noise, context, steps, chunks, generator=None, kernel=consistency_kernel):
+    """The rollout as at inference, with all it went through: (states, endpoints).
+
+    states: for each of `steps` the noisy latents of all chunks (B, C, F, H, W); endpoints (B, C, F, H, W).
+    """
+    parts = list(rollout(model, noise, context, steps, chunks, record=True, kernel=kernel,
+                         generator=generator))
+    states = [torch.cat([part.states[k] for part in parts], dim=2) for k in range(len(steps))]
+    return states, torch.cat([part.x0 for part in parts], dim=2)
+
+
+def interleaved_x0(model, x_t, t, clean, context, chunks):
+    """x0 predicted from every noisy chunk given the clean chunks before it, in one forward (RAVEN's I_u).
+
+    x_t, clean (B, C, F, H, W), t (B, F). On a rollout's own states and endpoints this is what the cached rollout
+    computed, but the history is encoded inside the graph: later chunks' losses reach the weights that encode it.
+    """
+    v = model(interleave(x_t, clean, chunks), interleave(t, torch.zeros_like(t), chunks), context, interleaved(chunks))
+    return x0_from_v(x_t, noisy_part(v, chunks), t)
 
 
 def sigma_schedule(steps=50, shift=5.0):
@@ -1111,6 +1156,54 @@ class ImageReward(nn.Module):
             key = rename(key, [('.layer_norm1.', '.norm1.'), ('.layer_norm2.', '.norm2.'),
                                ('.self_attn.qkv.', '.attn.qkv.'), ('.self_attn.projection.', '.attn.proj.')])
         return key
+
+
+def frame_reward(model):
+    """An ImageReward model -> a reward of videos: the mean score of the frames."""
+    def reward(video, prompts):
+        frames = video.unbind(2)
+        if len(frames) == 1:
+            return model.score(frames[0], prompts)
+        # one frame's activations at a time; the rest is recomputed in the backward pass
+        return torch.stack([checkpoint(model.score, f, prompts, use_reentrant=False) for f in frames]).mean(0)
+    return reward
+
+
+def latent_frame(frame):
+    """The latent frame that a video frame is decoded from: 0 | 1 1 1 1 | 2 2 2 2 | ..."""
+    return (frame + 3) // 4
+
+
+def reward_gradient(reward, vae, latents, prompts, frames):
+    """Rewards (B,) of some video frames, and their gradient in the latents (B, C, F, H, W), zero where not rewarded.
+
+    `frames`, ascending. The video is decoded once without a graph, up to the last frame that is needed. The reward's
+    gradient in the pixels is then taken back through the decoder for one latent frame at a time, from the decoder's
+    memory of the earlier ones, which is a constant: memory does not grow with the number of frames.
+    """
+    where = [latent_frame(frame) for frame in frames]
+    cache, memory, video = {}, {}, []
+    with torch.no_grad():
+        for i in range(where[-1] + 1):
+            if i in where:
+                memory[i] = dict(cache)  # the tensors in it are replaced by later frames, never written to
+            video.append(vae.decode(latents[:, :, i:i + 1], cache))
+        video = torch.cat(video, dim=2)
+    picked = video[:, :, frames].requires_grad_()  # (B, 3, len(frames), H, W)
+    with torch.enable_grad():
+        rewards = reward(picked, prompts)
+        if tuple(rewards.shape) != (len(prompts),):
+            raise InputError(f'the reward returned shape {tuple(rewards.shape)} for a video {tuple(picked.shape)} and '
+                             f'{len(prompts)} prompts: it must be ({len(prompts)},)')
+        pixels = torch.zeros_like(video)
+        pixels[:, :, frames], = torch.autograd.grad(rewards.sum(), picked)
+        gradient = torch.zeros_like(latents)
+        for i, remembered in memory.items():
+            z = latents[:, :, i:i + 1].detach().requires_grad_()
+            shown = vae.decode(z, remembered)
+            start = max(0, 4 * i - 3)
+            gradient[:, :, i:i + 1], = torch.autograd.grad(shown, z, pixels[:, :, start:start + shown.shape[2]])
+    return rewards.detach(), gradient
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1474,6 +1567,39 @@ def require(metadata, path, **wanted):
                              f'{metadata[key]}, but {key} = {value} is needed here')
 
 
+class Trajectories:
+    """The ODE trajectories that ode_init.py sample left in a folder: len(), and [i] -> (states, prompt).
+
+    states (K + 1, C, F, H, W) float32: the teacher's ODE at the K few-step timesteps, then the clean endpoint.
+    settings: the flags they were sampled with, `timesteps` among them.
+    """
+
+    def __init__(self, folder):
+        from safetensors import safe_open
+        self.where, self.files, self.settings = [], {}, None
+        for path in sorted(Path(folder).glob('trajectories_*.safetensors')):
+            try:
+                file = self.files[path] = safe_open(path, 'pt')
+                settings, prompts = json.loads(file.metadata()['settings']), json.loads(file.metadata()['prompts'])
+                self.where += [(path, i, prompt) for i, prompt in enumerate(prompts)]
+            except Exception as error:
+                raise InputError(f'{path} is not a shard of trajectories, or is damaged: delete it, then run '
+                                 'ode_init.py sample again') from error
+            if settings != (self.settings or settings):
+                raise InputError(f'{path} was sampled with other settings than the shards before it: '
+                                 'use one folder for each setting')
+            self.settings = settings
+        if not self.where:
+            raise InputError(f'{folder} holds no trajectories: make them with ode_init.py sample --out {folder}')
+
+    def __len__(self):
+        return len(self.where)
+
+    def __getitem__(self, i):
+        path, row, prompt = self.where[i]
+        return self.files[path].get_slice('trajectory')[row].float(), prompt
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Processes, seeds and errors, the same for every script
 
@@ -1505,6 +1631,14 @@ class Process:
         if self.world > 1:
             torch.distributed.all_reduce(tensor)
         return tensor / self.world
+
+    def gather(self, tensor):
+        """The tensors of all processes, stacked: (world, ...)."""
+        if self.world == 1:
+            return tensor.unsqueeze(0)
+        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        torch.distributed.all_gather(parts, tensor.contiguous())
+        return torch.stack(parts)
 
     def barrier(self):
         if self.world > 1:
@@ -1676,16 +1810,17 @@ def shuffled(items, number, seed):
 
 
 class EMA:
-    """Exponential moving average of a model's weights, in float32; before step `start` simply those weights."""
+    """Exponential moving average of a model's trained weights, in float32; before step `start` simply those weights."""
 
     def __init__(self, model, decay, start=0):
         self.decay, self.start = decay, start
-        self.average = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.average = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def update(self, model, step):
+        now = dict(model.named_parameters())
         decay = self.decay if step >= self.start else 0
-        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in model.parameters()], 1 - decay)
+        torch._foreach_lerp_(list(self.average.values()), [now[name] for name in self.average], 1 - decay)
 
     @contextlib.contextmanager
     def swapped_in(self, model):
@@ -1698,8 +1833,9 @@ class EMA:
 
     @torch.no_grad()
     def swap(self, model):
-        for name, p in model.named_parameters():
-            p.data, self.average[name] = self.average[name], p.data
+        now = dict(model.named_parameters())
+        for name in self.average:
+            now[name].data, self.average[name] = self.average[name], now[name].data
 
     def state_dict(self):
         return self.average

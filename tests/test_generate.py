@@ -77,6 +77,16 @@ def test_goes_on_from_a_video_and_from_an_image(tmp_path, causal):
     assert not (tmp_path / "none.mp4").exists()
 
 
+def test_overlapping_rollouts_of_any_length(tmp_path, causal):
+    """57-frame segments that give up 9 frames each: 48 of the first, and the last one's 45 make 93."""
+    for name, flags in (("long", ["--frames", 93, "--overlap", 3]), ("plain", ["--frames", 57])):
+        done = run("generate.py", PROMPT, "--checkpoint", causal, *flags, "--out", tmp_path / f"{name}.mp4")
+        assert done.returncode == 0, done.stderr
+    long, plain = (read(tmp_path / f"{name}.mp4").astype(float) for name in ("long", "plain"))
+    assert long.shape == (93, 64, 64, 3)
+    assert abs(long[:40] - plain[:40]).mean() < 4 < abs(long[60:93] - plain[:33]).mean()  # mp4 is lossy
+
+
 def test_two_processes_share_the_prompts_and_write_the_same_files(tmp_path, causal):
     prompts = [PROMPT, "a blue circle", "a plain green square bouncing on a gray background"]
     args = ["generate.py", *prompts, "--checkpoint", causal, "--frames", 21]
@@ -91,6 +101,8 @@ def test_two_processes_share_the_prompts_and_write_the_same_files(tmp_path, caus
 
 
 @pytest.mark.parametrize("args, words", [
+    ([PROMPT, "--checkpoint", "CAUSAL", "--overlap", 4], "--overlap 4 must be a multiple of the chunk of 3"),
+    ([PROMPT, "--checkpoint", "CAUSAL", "--overlap", 3, "--window", 9], "--overlap goes with neither --init nor"),
     ([PROMPT, "--model", "no/such/model/here"], "no model folder"),
     ([PROMPT, "--model", "README.md"], "no model folder"),
     ([PROMPT, "--checkpoint", "nowhere.pt"], "no checkpoint file"),

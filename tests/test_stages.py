@@ -149,6 +149,131 @@ def test_guidance_of_the_real_score_is_the_usual_formula():
     torch.testing.assert_close(got, model(x, t, uncond) + 3 * (model(x, t, cond) - model(x, t, uncond)))
 
 
+# ------------------------------------------------------------------------------------ the causal histories
+
+def batch(chunks, level=1, seed=0, B=2):
+    generators = [wc.seeded(seed + n) for n in range(B)]
+    shape = (B, 16, sum(chunks), 4, 4)
+    return distill_dmd.Batch(["x"] * B, random_latents(B, 8, 16, seed=5), generators, level,
+                             wc.gaussian(shape, generators, "cpu"), data=random_latents(*shape, seed=6))
+
+
+CHUNKS, STEPS = [3, 3, 2], wc.warped_steps()
+
+
+@pytest.mark.parametrize("level", range(4))
+def test_ravens_forward_is_what_the_rollout_computed(level):
+    """Training attention equals inference attention, at each of the steps and in every chunk."""
+    net, b = random_dit(), batch(CHUNKS, level)
+    b.states, b.endpoints = wc.recorded_rollout(net, b.noise, b.context, STEPS, CHUNKS, b.generators)
+    again = batch(CHUNKS, level)
+    with torch.no_grad():
+        parts = list(wc.rollout(net, again.noise, again.context, STEPS, CHUNKS, record=True,
+                                generator=again.generators))
+        x0 = distill_dmd.student_sample("raven", net, b, STEPS, CHUNKS)
+    torch.testing.assert_close(b.endpoints, torch.cat([p.x0 for p in parts], dim=2))
+    torch.testing.assert_close(x0, torch.cat([p.endpoints[level] for p in parts], dim=2), atol=1e-5, rtol=1e-5)
+
+
+def test_gradient_through_the_history():
+    """RAVEN: later chunks reach what encodes the history. Self Forcing: it is a constant, with the same values."""
+    net, b = random_dit(), batch(CHUNKS, level=3)
+    b.states, b.endpoints = wc.recorded_rollout(net, b.noise, b.context, STEPS, CHUNKS, b.generators)
+    b.endpoints.requires_grad_()
+    distill_dmd.student_sample("raven", net, b, STEPS, CHUNKS)[:, :, 6:].sum().backward()
+    assert b.endpoints.grad[:, :, :3].abs().sum() > 0 and b.endpoints.grad[:, :, 3:6].abs().sum() > 0
+    raven = torch.cat([p.grad.flatten() for p in net.parameters()])
+
+    net.zero_grad()
+    noise = batch(CHUNKS, level=3)
+    noise.noise.requires_grad_()
+    x0 = distill_dmd.own_rollout(net, noise, STEPS, CHUNKS, grad_from=0)
+    torch.testing.assert_close(x0, b.endpoints, atol=1e-5, rtol=1e-5)  # level 3 is the last step
+    x0[:, :, 6:].sum().backward()
+    assert noise.noise.grad is None or noise.noise.grad.abs().sum() == 0
+    own = torch.cat([p.grad.flatten() for p in net.parameters()])
+    assert torch.nn.functional.cosine_similarity(raven, own, dim=0) < 0.999  # RAVEN's has the path through the history
+
+
+@pytest.mark.parametrize("clean", [False, True])
+def test_what_a_chunk_sees_of_data(clean):
+    """Diffusion forcing: the noisy chunks before it. Teacher forcing: the clean ones. Never a later chunk."""
+    net = random_dit()
+
+    def x0(changed):
+        b = batch(CHUNKS)
+        b.data[:, :, changed] += 1.0
+        with torch.no_grad():
+            return distill_dmd.denoise_data(net, b, STEPS[1:], CHUNKS, clean)
+
+    same = x0([])
+    for chunk, frames in ((0, slice(0, 3)), (1, slice(3, 6)), (2, slice(6, 8))):
+        moved = [not torch.allclose(x0(frames)[:, :, where], same[:, :, where], atol=1e-6)
+                 for where in (slice(0, 3), slice(3, 6), slice(6, 8))]
+        assert moved == [i >= chunk for i in range(3)]
+    if clean:  # at t = 1000 the noisy input does not show the data at all: only the clean history can
+        b = batch(CHUNKS)
+        b.data[:, :, :3] += 1.0
+        with torch.no_grad():
+            other = distill_dmd.denoise_data(net, b, [1000.0], CHUNKS, True)
+            again = distill_dmd.denoise_data(net, batch(CHUNKS), [1000.0], CHUNKS, True)
+        assert torch.allclose(other[:, :, :3], again[:, :, :3], atol=1e-5)
+        assert not torch.allclose(other[:, :, 3:6], again[:, :, 3:6], atol=1e-5)
+
+
+def test_chunk_weights_closed_form():
+    weights = wc.chunk_weights([3] * 7, -1.0)
+    expected = torch.tensor([1 / (7 - j) for j in range(7)]).repeat_interleave(3)
+    torch.testing.assert_close(weights, expected / expected.mean())
+    assert weights[-1].item() == pytest.approx(2.7, abs=0.01) and weights[0].item() == pytest.approx(0.386, abs=0.01)
+    assert torch.equal(wc.chunk_weights([1, 3, 3], 0.0), torch.ones(7))
+    early = wc.chunk_weights([3, 3, 1], 1.0)
+    torch.testing.assert_close(early, torch.tensor([1, 1, 1, 4 / 7, 4 / 7, 4 / 7, 1 / 7]) / (3 + 12 / 7 + 1 / 7) * 7)
+    for shift in (-3.0, 2.0):
+        assert wc.chunk_weights([2, 3, 1], shift).mean().item() == pytest.approx(1)
+
+
+def test_weighted_loss_has_the_weighted_direction_as_its_gradient():
+    x0 = random_latents(2, 16, 3, 4, 4).requires_grad_()
+    direction, weights = random_latents(2, 16, 3, 4, 4, seed=1).double(), torch.tensor([0.5, 0.5, 2.0])
+    distill_dmd.dmd_loss(x0, direction, weights).backward()
+    torch.testing.assert_close(x0.grad, (direction * weights.view(1, 1, 3, 1, 1) / direction.numel()).float())
+
+
+def test_reward_and_distillation_have_the_same_scale():
+    direction, gradient = random_latents(2, 16, 3, 4, 4).double(), 1e-3 * random_latents(2, 16, 3, 4, 4, seed=1)
+    added = direction - distill_dmd.with_reward(direction, gradient, 0.5)
+    torch.testing.assert_close(added.flatten(1).norm(dim=1), 0.5 * direction.flatten(1).norm(dim=1))
+    assert torch.cosine_similarity(added.flatten(), gradient.double().flatten(), dim=0) > 0.99
+
+
+def test_the_last_window_of_a_longer_rollout(parts):
+    _, vae, _, _ = parts
+    x0 = random_latents(1, 16, 5, 4, 4).requires_grad_()
+    assert distill_dmd.last_window(x0, 5, vae) is x0
+    window = distill_dmd.last_window(x0, 3, vae)
+    torch.testing.assert_close(window[:, :, 1:], x0[:, :, 3:])
+    with torch.no_grad():
+        frame = vae.decode(x0[:, :, :3])[:, :, -1:]
+        torch.testing.assert_close(window[:, :, :1], vae.encode(frame))
+    window.sum().backward()
+    assert x0.grad[:, :, :3].abs().sum() == 0 and x0.grad[:, :, 3:].abs().sum() > 0
+
+
+def test_the_papers_settings_are_the_defaults_of_their_history():
+    def defaults(*args):
+        return distill_dmd.parse_args(["--model", "Wan-AI/Wan2.1-T2V-1.3B", *args])
+    causal = ["--student", "causal", "--init", "x", "--history"]
+    raven, own, data = (defaults(*causal, history) for history in ("raven", "self-forcing", "diffusion-forcing"))
+    assert (raven.ratio, raven.lr, raven.critic_lr, raven.ema, raven.guidance, raven.steps, raven.accum) == \
+        (2, 2e-6, 4e-7, 0.9675, 3.0, 300, 4) and raven.chunk_weight_shift == -1
+    assert (own.ratio, own.guidance, own.ema, own.ema_start, own.beta1) == (5, 4, 0.99, 200, 0)
+    assert own.chunk_weight_shift == 0
+    assert (data.ratio, data.guidance, data.shift, data.critic_lr, data.beta1) == (5, 4.5, 8.0, 2e-6, 0.9)
+    assert defaults().history == "bidirectional" and defaults("--history", "raven").history == "bidirectional"
+    assert defaults(*causal, "raven", "--ratio", "7").ratio == 7
+
+
 # ------------------------------------------------------------------------------------------ ODE trajectories
 
 @pytest.mark.parametrize("shift, count", [(5.0, 48), (3.0, 24), (8.0, 50), (1.0, 4)])
@@ -193,7 +318,7 @@ def test_regression_counts_noisy_frames_only():
 # --------------------------------------------------------------------------------------------- the reward
 
 def test_video_frames_and_the_latent_frames_they_come_from():
-    assert [reward_forcing.latent_frame(i) for i in range(10)] == [0, 1, 1, 1, 1, 2, 2, 2, 2, 3]
+    assert [wc.latent_frame(i) for i in range(10)] == [0, 1, 1, 1, 1, 2, 2, 2, 2, 3]
     assert [reward_forcing.chunk_of([3, 3, 1], i) for i in range(7)] == [0, 0, 0, 1, 1, 1, 2]
     rng = random.Random(0)
     assert reward_forcing.rewarded_frames("last", 57, rng) == [56]
@@ -210,13 +335,13 @@ def test_reward_gradient_equals_that_of_a_full_decode(parts, frames):
     """Through the whole decoder with its whole graph, looking at the rewarded latent frame."""
     _, vae, _, model = parts
     latents = random_latents(2, 16, 4, 8, 8)
-    reward = reward_forcing.frame_reward(model)
-    rewards, gradient = reward_forcing.reward_gradient(reward, vae, latents, CAPTIONS, frames)
+    reward = wc.frame_reward(model)
+    rewards, gradient = wc.reward_gradient(reward, vae, latents, CAPTIONS, frames)
     z = latents.clone().requires_grad_()
     expected = reward(vae.decode(z)[:, :, frames], CAPTIONS)
     full, = torch.autograd.grad(expected.sum(), z)
     torch.testing.assert_close(rewards, expected.detach(), atol=1e-5, rtol=1e-5)
-    i = reward_forcing.latent_frame(frames[-1])
+    i = wc.latent_frame(frames[-1])
     torch.testing.assert_close(gradient[:, :, i], full[:, :, i], atol=1e-5 * full.abs().max().item(), rtol=1e-3)
     others = [j for j in range(4) if j != i]
     assert gradient[:, :, others].abs().sum() == 0  # what the decoder remembers is a constant
@@ -228,7 +353,7 @@ def test_reward_gradient_of_all_frames_is_that_of_each_latent_frame_given_the_pa
     def reward(video, prompts):
         return (video * weight).sum((1, 2, 3, 4))
 
-    _, gradient = reward_forcing.reward_gradient(reward, vae, latents, ["x"], list(range(9)))
+    _, gradient = wc.reward_gradient(reward, vae, latents, ["x"], list(range(9)))
     for i in range(3):
         z = latents[:, :, :i + 1].clone().requires_grad_()
         shown = vae.decode_last(z)
@@ -239,8 +364,8 @@ def test_reward_gradient_of_all_frames_is_that_of_each_latent_frame_given_the_pa
 
 def test_reward_gradient_against_finite_differences(parts):
     _, vae, _, model = parts
-    reward, latents = reward_forcing.frame_reward(model), random_latents(2, 16, 3, 8, 8)
-    _, gradient = reward_forcing.reward_gradient(reward, vae, latents, CAPTIONS, [8])
+    reward, latents = wc.frame_reward(model), random_latents(2, 16, 3, 8, 8)
+    _, gradient = wc.reward_gradient(reward, vae, latents, CAPTIONS, [8])
     direction = gradient / gradient.flatten(1).norm(dim=1).view(2, 1, 1, 1, 1)
     with torch.no_grad():
         def score(step):
@@ -260,7 +385,7 @@ def test_gradient_reaches_the_rewarded_chunk_and_the_generator_alone(parts):
         seen.append(part.x0)
     assert not seen[0].requires_grad and seen[1].requires_grad
     x0 = torch.cat(seen, dim=2)
-    _, gradient = reward_forcing.reward_gradient(reward_forcing.frame_reward(model), vae, x0.detach(), CAPTIONS, [16])
+    _, gradient = wc.reward_gradient(wc.frame_reward(model), vae, x0.detach(), CAPTIONS, [16])
     (-(gradient * x0).sum()).backward()
     assert noise.grad[:, :, :3].abs().sum() == 0 and noise.grad[:, :, 3:].abs().sum() > 0
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
@@ -298,11 +423,16 @@ def command(stage, made):
     return {"distill_dmd": ["distill_dmd.py", "--ratio", 1],
             "ode_init": ["ode_init.py", "train", "--data", made / "trajectories",
                          "--init", made / "student.safetensors"],
+            **{history: ["distill_dmd.py", "--student", "causal", "--history", history, "--ratio", 2,
+                         "--init", made / "ode.safetensors", "--data", made / "trajectories"]
+               for history in list(distill_dmd.SETTINGS)[1:]},
+            "cm_grpo": ["cm_grpo.py", "--init", made / "ode.safetensors", "--group", 2, "--prompts-per-step", 2,
+                        "--lora-rank", 4, "--rewards", "imagereward=1", "motion=0.5"],
             "reward_forcing": ["reward_forcing.py", "--init", made / "ode.safetensors"],
             }[stage]
 
 
-STAGES = ["distill_dmd", "ode_init", "reward_forcing"]
+STAGES = ["distill_dmd", "ode_init", "reward_forcing", "cm_grpo", *list(distill_dmd.SETTINGS)[1:]]
 
 
 def metrics(folder):
@@ -313,16 +443,17 @@ def metrics(folder):
 def test_two_ranks_with_half_the_batch_equal_one_process(stage, made, tmp_path):
     """Also: two steps as plain python and under torchrun, with sample videos and a usable result."""
     args = [*command(stage, made), *FEW, "--lr", 1e-4, "--steps", 2]
-    if stage == "reward_forcing":
-        args += ["--reward-frames", "all"]  # gradient in every chunk
+    args += {"reward_forcing": ["--reward-frames", "all"],  # gradient in every chunk
+             "self-forcing": ["--reward-weight", 0.5, "--rollout-frames", 25]}.get(stage, [])
     one = run(*args, "--sample-every", 2, "--out", tmp_path / "one")
     assert one.returncode == 0, one.stderr
     two = torchrun(2, *args, "--sample-every", 0, "--batch", 1, "--out", tmp_path / "two")
     assert two.returncode == 0, two.stderr
-    start = wc.load_dit(TINY).state_dict()
+    start = wc.load_dit(TINY).state_dict()  # LoRA's B starts at zero
     a, b = (torch.load(tmp_path / name / "state.pt", weights_only=True)["parts"]["generator"]
             for name in ("one", "two"))
-    moved, apart = ((torch.cat([(x[k] - y[k]).flatten() for k in a])).norm() for x, y in ((a, start), (a, b)))
+    moved = torch.cat([(a[k] - start.get(k, 0)).flatten() for k in a if k in start or ".lora_B." in k]).norm()
+    apart = torch.cat([(a[k] - b[k]).flatten() for k in a]).norm()
     assert moved > 0 and apart < 2e-3 * moved
     for x, y in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two")):
         for key in set(x) & set(y) - {"seconds", "peak_gib"}:
@@ -330,7 +461,7 @@ def test_two_ranks_with_half_the_batch_equal_one_process(stage, made, tmp_path):
     assert len(list((tmp_path / "one/samples/step_000002").glob("*.mp4"))) == 4
 
     kind = wc.load_checkpoint(wc.load_dit(TINY), tmp_path / "one/model.safetensors")
-    assert kind["stage"] == stage and kind["step"] == "2"
+    assert kind["stage"] == command(stage, made)[0].removesuffix(".py") and kind["step"] == "2"
     assert wc.saved_steps(kind) == pytest.approx([1000, 900, 750, 500])
     assert kind["kind"] == ("bidirectional" if stage == "distill_dmd" else "causal")
     assert "timesteps 1000, 900, 750, 500" in one.stdout
@@ -353,7 +484,7 @@ def start_and_kill(args, after):
     process.wait()
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["distill_dmd", "ode_init", "reward_forcing", "raven", "cm_grpo"])
 def test_killed_at_random_moments_and_resumed_gives_the_same_weights(stage, made, tmp_path):
     args = [*command(stage, made), *SHORT, "--lr", 1e-4, "--steps", 5]
     whole = run(*args, "--out", tmp_path / "whole")
@@ -379,7 +510,7 @@ def test_sampling_is_resumed_without_a_lost_or_doubled_trajectory(made, tmp_path
     (out / ".trajectories_000002.1.safetensors").write_bytes(b"half")
     done = run(*SAMPLE, "--out", out)
     assert done.returncode == 0 and "2 to be made" in done.stdout, done.stderr
-    data, reference = ode_init.Trajectories(out), ode_init.Trajectories(made / "trajectories")
+    data, reference = wc.Trajectories(out), wc.Trajectories(made / "trajectories")
     assert len(data) == 6
     for i in range(6):  # two processes = one, resumed = whole
         torch.testing.assert_close(data[i][0], reference[i][0], atol=2e-3, rtol=2e-3)
@@ -389,7 +520,7 @@ def test_sampling_is_resumed_without_a_lost_or_doubled_trajectory(made, tmp_path
 def test_kept_states_are_the_teachers_ode(made, parts):
     """Solved again here, step by step."""
     dit, _, text, _ = parts
-    trajectory, prompt = ode_init.Trajectories(made / "trajectories")[3]
+    trajectory, prompt = wc.Trajectories(made / "trajectories")[3]
     sigmas, x = [1.0, 0.9, 0.75, 0.5, 0.0], trajectory[0][None]
     with torch.no_grad():
         for k in range(4):
@@ -443,6 +574,18 @@ def test_frame_wise_and_first_steps_of_the_whole_path(tmp_path):
 @pytest.mark.parametrize("args, words", [
     (["reward_forcing.py"], "no --init: reward forcing starts from a causal few-step generator"),
     (["reward_forcing.py", "--init", "{student}"], "kind = bidirectional, but kind = causal is needed here"),
+    (["distill_dmd.py", "--student", "causal"], "no --init: a causal student starts from a causal few-step one"),
+    (["distill_dmd.py", "--student", "causal", "--init", "{student}"], "but kind = causal is needed here"),
+    (["distill_dmd.py", "--student", "causal", "--history", "raven", "--init", "{ode}", "--rollout-frames", 61],
+     "--rollout-frames 61 needs --history self-forcing"),
+    (["distill_dmd.py", "--student", "causal", "--history", "teacher-forcing", "--init", "{ode}", "--data", "{data}"],
+     "holds latents (16, 4, 4, 4), but the flags ask for (16, 15, 8, 8)"),
+    (["cm_grpo.py"], "no --init: CM-GRPO starts from a causal few-step generator"),
+    (["cm_grpo.py", "--init", "{ode}", "--group", 1], "--group 1 must be at least 2"),
+    (["cm_grpo.py", "--init", "{ode}", "--group", 3, "--prompts-per-step", 3, "--batch", 2], "do not divide into"),
+    (["cm_grpo.py", "--init", "{ode}", "--rewards", "beauty=1"], "--rewards beauty cannot be loaded"),
+    (["cm_grpo.py", "--init", "{ode}", "--rewards", "motion=much"], "much is not a number"),
+    (["cm_grpo.py", "--init", "{ode}", "--rewards", "aesthetic=1"], "the reward aesthetic needs --aesthetic-head"),
     (["ode_init.py", "train", "--data", "{data}", "--init", "{ode}"], "but kind = bidirectional is needed here"),
     (["reward_forcing.py", "--init", "{ode}", "--reward", "nothing:here"], "--reward nothing:here cannot be loaded"),
     (["reward_forcing.py", "--init", "{ode}", "--reward-model", "{empty}"], "holds neither ImageReward.pt nor"),

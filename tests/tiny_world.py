@@ -787,7 +787,13 @@ DEFAULTS = {
     "height": 64, "width": 64, "frames": 57, "fps": 16, "shift": 3.0, "guidance": 3.0, "negative": "",
     "prompts": "prompts.txt", "held_out": "held_out_few.txt", "checkpointing": False, "accum": 1, "batch": 8,
     "ema_start": 0, "reward_model": "reward_model",
-    "distill_dmd": {"steps": 300, "lr": 2e-4, "critic_lr": 2e-4, "ratio": 2, "sample_every": 100},
+    "distill_dmd": {"batch": 4, "steps": 300, "lr": 2e-4, "critic_lr": 2e-4, "ratio": 2, "ema": 0.98, "ema_start": 0,
+                    "sample_every": 100},
+    "ode_init sample": {"count": 400, "steps": 24, "batch": 8},
+    "ode_init train": {"steps": 600, "lr": 3e-4, "ema": 0.98, "sample_every": 200},
+    "reward_forcing": {"batch": 4, "steps": 200, "lr": 5e-5, "ema": 0.98},
+    "cm_grpo": {"steps": 100, "lr": 1e-4, "group": 8, "prompts_per_step": 4, "lora_rank": 16, "lora_alpha": 16,
+                "rewards": ["imagereward=1", "motion=0.35", "smoothness=0.75"]},
 }
 
 

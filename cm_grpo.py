@@ -1,0 +1,413 @@
+"""Stage: CM-GRPO: policy-gradient RL on the Gaussian kernel of the consistency sampler itself.
+
+Papers: RAVEN with CM-GRPO (arXiv 2605.15190) 4; GRPO (2402.03300); Flow-GRPO (2505.05470) for the baseline kernel.
+
+One step:
+  1. rollouts: for each prompt a group of G videos from fresh noise, with the cache, no gradient, all states recorded
+  2. rewards: each kind is normalised within the group, weighted, summed, normalised again, clipped: the advantage A
+  3. policy: a step from t to the next t' of the sampler draws z' ~ N(mean(x0), std^2), where x0 is the prediction at t
+         consistency (cm):     mean = (1 - s') x0,  std = s'
+         Euler-Maruyama (em):  Flow-GRPO's stochastic step, see `euler_maruyama`
+     one transition is drawn at random (never the last one, which is not random); one interleaved forward on the
+     rollout's own states predicts x0 again, with gradient
+  4. loss = w |x0 - sg(x0 + A / 2 * d log pi / d x0)|^2, whose gradient at x0 is -w A d log pi / d x0
+On-policy: one update per rollout, so the probability ratio is 1 and there is nothing to clip. `--updates` > 1 (not in
+the paper) makes several, with PPO's clipped ratio.
+
+  paper       code          paper       code           paper      code
+  x_theta     x0            z_s         z_next         alpha_s    slope
+  G           --group       A           advantage      beta       --kl
+
+Differs from the paper: text alignment, motion and smoothness are measured by smaller means (see Rewards), since the
+paper's judges (Qwen2-VL, RAFT, AMT) need other packages; bring them with module:function.
+
+    python cm_grpo.py --init runs/raven/model.safetensors --out runs/grpo                    # tiny model, CPU, minutes
+    torchrun --standalone --nproc_per_node 8 cm_grpo.py --model Wan-AI/Wan2.1-T2V-1.3B \\
+        --init mvp-lab/RAVEN:raven_model.pt --out runs/grpo
+"""
+import argparse
+import contextlib
+import copy
+import importlib
+import json
+import math
+import random
+import sys
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from wan_causal import (CLIP_MEAN, CLIP_STD, EMA, InputError, Run, chunk_sizes, chunk_weights, consistency_kernel,
+                        find_file, find_folder, fold_lora, format_steps, gaussian, interleaved_x0, latent_shape,
+                        load_checkpoint, load_dit, load_image_reward, load_text_encoder, load_vae, parse_stage,
+                        processes, read_prompts, read_weights, recorded_rollout, require, run_script,
+                        sample_generators, sample_numbers, save_checkpoint, saved_steps, shuffled, trainable,
+                        training_flags, warped_steps)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Policy: kernels, advantages, losses
+
+def euler_maruyama(noise):
+    """Flow-GRPO eq. 9, its noise level a = `noise`: the reverse SDE's step instead of the consistency sampler's.
+
+    x' = x + [v + sigma_t^2 / (2 t) (x + (1 - t) v)] dt + sigma_t sqrt|dt| eps,  sigma_t = a sqrt(t / (1 - t)); t and
+    dt are noise levels. At t = 1, where that is infinite, 1 - t is that of the next step, as in its code.
+    """
+    def kernel(x, x0, t, s):
+        t, s = t / 1000, s / 1000
+        dt, spread = s - t, noise * math.sqrt(t / (1 - (s if t == 1 else t)))
+        drift = spread ** 2 / (2 * t)
+        v = (x - x0) / t
+        slope = -(1 + drift * (1 - t)) * dt / t  # v contains -x0 / t
+        return x + (v + drift * (x + (1 - t) * v)) * dt, spread * math.sqrt(-dt), slope
+    return kernel
+
+
+def log_prob(z, mean, std):
+    """Mean over a sample's elements of log N(z; mean, std^2): (B, C, F, H, W) -> (B,)."""
+    each = -0.5 * ((z - mean) / std) ** 2 - math.log(std) - 0.5 * math.log(2 * math.pi)
+    return each.mean(dim=(1, 2, 3, 4))
+
+
+def surrogate(x0, z_next, mean, std, slope, advantage, weights):
+    """Mean w |x0 - sg(x0 + A / 2 * d log pi / d x0)|^2: its gradient at x0 is -w A (d log pi / d x0) / numel.
+
+    x0, z_next, mean (B, C, F, H, W), advantage (B,), weights (F,). RAVEN eq. 12; for the consistency kernel
+    d log pi / d x0 = (1 - s') (z' - (1 - s') x0) / s'^2.
+    """
+    score = slope * (z_next - mean) / std ** 2
+    target = (x0 + advantage.view(-1, 1, 1, 1, 1) / 2 * score).detach()
+    return ((x0 - target).square().mean(dim=(0, 1, 3, 4)) * weights).mean()
+
+
+def clipped_loss(x0, z_next, mean, std, old_log_prob, advantage, clip):
+    """-min(ratio A, clip(ratio) A), PPO's; the ratio is of mean log-probabilities per element (Flow-GRPO's habit)."""
+    ratio = (log_prob(z_next, mean, std) - old_log_prob).exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
+
+
+def kl_to_reference(x0, x0_reference, std, slope):
+    """KL of two Gaussian kernels with the same std, mean per element: slope^2 |x0 - x0_ref|^2 / (2 std^2)."""
+    return slope ** 2 * (x0 - x0_reference).square().mean() / (2 * std ** 2)
+
+
+def normalise(x):
+    """Zero mean and unit standard deviation within each row (P, G); a row without spread becomes zeros."""
+    centred = x - x.mean(dim=1, keepdim=True)
+    std = centred.square().mean(dim=1, keepdim=True).sqrt()
+    return torch.where(std > 1e-6 * (1 + x.abs().mean(dim=1, keepdim=True)), centred / std.clamp(min=1e-12), 0.0)
+
+
+def group_advantages(rewards, weights, clip=5.0):
+    """rewards (P prompts, G, kinds), weights (kinds,) -> advantages (P, G), clipped to +-clip."""
+    total = sum(w * normalise(rewards[:, :, i]) for i, w in enumerate(weights))
+    return normalise(total).clamp(-clip, clip)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Rewards: callables (video (B, 3, T, H, W) in [-1, 1], prompts) -> (B,); no gradient is needed
+
+def motion_amount(video, prompts):
+    """How much moves: mean over frames of the top 5 % of |brightness change| from frame to frame, in 0..1.
+
+    Stands in for the dynamic degree (top 5 % of RAFT's optical flow).
+    """
+    change = video.mean(1).diff(dim=1).abs().flatten(2) / 2  # (B, T - 1, H W)
+    return change.topk(max(1, change.shape[2] // 20), dim=2).values.mean(dim=(1, 2))
+
+
+def motion_smoothness(video, prompts):
+    """How well each odd frame is the mean of its neighbours: 1 - mean |difference|.
+
+    Stands in for motion smoothness, which asks how well AMT interpolates the odd frames.
+    """
+    between = (video[:, :, :-2:2] + video[:, :, 2::2]) / 2
+    return 1 - (video[:, :, 1:-1:2] - between).abs().mean(dim=(1, 2, 3, 4)) / 2
+
+
+def some_frames(video, count=8):
+    """`count` evenly spaced frames of a video, as a list of (B, 3, H, W)."""
+    return [video[:, :, i] for i in torch.linspace(0, video.shape[2] - 1, min(count, video.shape[2])).round().long()]
+
+
+class Clip:
+    """CLIP ViT-L/14: text-image similarity, and the LAION aesthetic head on its image features."""
+
+    def __init__(self, name, head, device):
+        from transformers import AutoTokenizer, CLIPModel
+        folder = find_folder(name, ['*.json', '*.txt', 'model.safetensors'])
+        self.model = CLIPModel.from_pretrained(folder).eval().requires_grad_(False).to(device)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.head = read_weights(find_file(head))[0] if head else None
+        self.device = device
+
+    def images(self, frames):
+        """(B, 3, H, W) in [-1, 1] -> unit image features: short side resized (bicubic, antialiased), centre crop."""
+        size = self.model.config.vision_config.image_size
+        scale = size / min(frames.shape[-2:])
+        shape = [max(size, round(n * scale)) for n in frames.shape[-2:]]
+        x = F.interpolate((frames / 2 + 0.5).clamp(0, 1), shape, mode='bicubic', antialias=True).clamp(0, 1)
+        top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
+        mean, std = (torch.tensor(c, device=x.device).view(1, 3, 1, 1) for c in (CLIP_MEAN, CLIP_STD))
+        pixels = (x[:, :, top:top + size, left:left + size] - mean) / std
+        return F.normalize(self.model.visual_projection(self.model.vision_model(pixels).pooler_output), dim=-1)
+
+    def similarity(self, video, prompts):
+        """Mean cosine of the frames with the prompt."""
+        words = self.tokenizer(list(prompts), padding=True, truncation=True, return_tensors='pt').to(self.device)
+        text = F.normalize(self.model.text_projection(self.model.text_model(**words).pooler_output), dim=-1)
+        return torch.stack([(self.images(frame) * text).sum(-1) for frame in some_frames(video)]).mean(0)
+
+    def aesthetic(self, video, prompts):
+        """Mean LAION aesthetic score of the frames, 1..10."""
+        weight, bias = (self.head[key].float().to(self.device) for key in ('weight', 'bias'))
+        return torch.stack([F.linear(self.images(frame), weight, bias)[:, 0] for frame in some_frames(video)]).mean(0)
+
+
+def load_rewards(args, device):
+    """--rewards name=weight ... -> ([(name, callable)], weights (kinds,))."""
+    rewards, weights, clip = [], [], None
+    for item in args.rewards:
+        name, _, weight = item.partition('=')
+        try:
+            weights.append(float(weight or 1))
+        except ValueError as error:
+            raise InputError(f'--rewards {item}: {weight} is not a number; write name=weight') from error
+        if name == 'imagereward':
+            model = load_image_reward(args.reward_model, device)
+            rewards.append((name, lambda video, prompts: torch.stack(
+                [model.score(frame, prompts) for frame in some_frames(video)]).mean(0)))
+        elif name in ('motion', 'smoothness'):
+            rewards.append((name, {'motion': motion_amount, 'smoothness': motion_smoothness}[name]))
+        elif name in ('clip', 'aesthetic'):
+            if name == 'aesthetic' and not args.aesthetic_head:
+                raise InputError('the reward aesthetic needs --aesthetic-head, LAION\'s sa_0_4_vit_l_14_linear.pth')
+            clip = clip or Clip(args.clip_model, args.aesthetic_head, device)
+            rewards.append((name, {'clip': clip.similarity, 'aesthetic': clip.aesthetic}[name]))
+        else:
+            module, _, function = name.partition(':')
+            sys.path.insert(0, '')  # a module in the current folder
+            try:
+                rewards.append((function, getattr(importlib.import_module(module), function)))
+            except (ImportError, AttributeError, ValueError) as error:
+                raise InputError(f'--rewards {name} cannot be loaded ({error}): give imagereward, motion, smoothness, '
+                                 'clip, aesthetic or module:function') from error
+    return rewards, torch.tensor(weights)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# LoRA
+
+class LoRA(nn.Module):
+    """A frozen linear layer plus alpha / rank * B A; its parts have PEFT's names, B starts at zero."""
+
+    def __init__(self, base, rank, alpha):
+        super().__init__()
+        self.base_layer, self.scale = base.requires_grad_(False), alpha / rank
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.scale * self.lora_B(self.lora_A(x))
+
+
+def add_lora(net, rank, alpha, seed):
+    """Replace all linear layers of a DiT (the paper's 306 at full size) by LoRA ones and freeze everything else."""
+    torch.manual_seed(seed)  # A is random, and the same on all ranks
+    net.requires_grad_(False)
+    for name, module in [(n, m) for n, m in net.named_modules() if isinstance(m, nn.Linear)]:
+        parent, _, child = name.rpartition('.')
+        setattr(net.get_submodule(parent), child, LoRA(module, rank, alpha).to(module.weight.device))
+
+
+def adapter(average):
+    """Averaged LoRA weights under PEFT's names."""
+    return {f'base_model.model.{name}': value for name, value in average.items()}
+
+
+def folded(net, average, scale):
+    """Plain DiT weights: the base with the averaged LoRA folded in, or the averaged weights themselves."""
+    if not any('.lora_' in name for name in average):
+        return average
+    base = {k.replace('.base_layer', ''): v for k, v in net.state_dict().items() if '.lora_' not in k}
+    return fold_lora({**base, **average}, base, scale)
+
+
+@contextlib.contextmanager
+def without_lora(net):
+    """The model as it was before LoRA was added."""
+    layers = [m for m in net.modules() if isinstance(m, LoRA)]
+    scales = [layer.scale for layer in layers]
+    for layer in layers:
+        layer.scale = 0.0
+    try:
+        yield net
+    finally:
+        for layer, scale in zip(layers, scales):
+            layer.scale = scale
+
+
+@torch.no_grad()
+def start_x0(net, frozen, *inputs):
+    """The prediction of the generator as it was at the start: `frozen`, or the model without its LoRA."""
+    if frozen is not None:
+        return interleaved_x0(frozen, *inputs)
+    with without_lora(net):
+        return interleaved_x0(net, *inputs)
+
+
+# ----------------------------------------------------------------------------------------------------------
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description='Policy gradients on the consistency sampler\'s own kernel.',
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    training_flags(p, out='runs/cm_grpo', steps=160, lr=5e-6, weight_decay=0.0, grad_clip=1000.0, ema=0.9675)
+    g = p.add_argument_group('policy')
+    g.add_argument('--init', metavar='FILE', help='causal few-step generator to start from')
+    g.add_argument('--policy', choices=['cm', 'em'], default='cm', help='kernel: consistency, or Euler-Maruyama')
+    g.add_argument('--em-noise', type=float, default=0.4, help='noise level of --policy em')
+    g.add_argument('--group', type=int, default=32, help='rollouts per prompt')
+    g.add_argument('--prompts-per-step', type=int, default=8, help='prompts per step; --accum follows from it')
+    g.add_argument('--kl', type=float, default=0.0, help='weight of the KL to the start; 0: off')
+    g.add_argument('--updates', type=int, default=1, help='updates per rollout; more than 1 clips the ratio')
+    g.add_argument('--clip', type=float, default=0.2, help='of the ratio, when --updates > 1')
+    g.add_argument('--chunk-weight-shift', type=float, default=-1.0, help='loss weights, see distill_dmd.py')
+    g.add_argument('--chunk', type=int, help='latent frames per chunk; 1 is frame-wise (default: as --init)')
+    g.add_argument('--lora-rank', type=int, default=256, help='0: train all weights')
+    g.add_argument('--lora-alpha', type=float, default=256, help='the update is alpha / rank * B A')
+    g = p.add_argument_group('rewards')
+    g.add_argument('--rewards', nargs='+', metavar='NAME=WEIGHT',
+                   default=['imagereward=1', 'clip=2', 'motion=0.35', 'smoothness=0.75'],
+                   help='imagereward, clip, aesthetic, motion, smoothness, or module:function')
+    g.add_argument('--reward-model', default='THUDM/ImageReward', help='ImageReward\'s folder or hub repository')
+    g.add_argument('--clip-model', default='openai/clip-vit-large-patch14', help='CLIP')
+    g.add_argument('--aesthetic-head', metavar='FILE', help='LAION\'s sa_0_4_vit_l_14_linear.pth')
+    g.add_argument('--motion-alarm', type=float, default=0.5,
+                   help='warn when motion falls below this share of its start')
+    args = parse_stage(p, 'cm_grpo', argv)
+    if not args.init:
+        raise InputError('no --init: CM-GRPO starts from a causal few-step generator, such as the result of '
+                         'distill_dmd.py --history raven or of reward_forcing.py')
+    if args.group < 2 or args.prompts_per_step < 1 or args.updates < 1 or args.lora_rank < 0:
+        raise InputError(f'--group {args.group} must be at least 2, --prompts-per-step {args.prompts_per_step} and '
+                         f'--updates {args.updates} at least 1, --lora-rank {args.lora_rank} at least 0')
+    return args
+
+
+def main():
+    args = parse_args()
+    with processes(args.device) as process:
+        train(args, process)
+
+
+def train(args, process):
+    # --- setup
+    device, total = process.device, args.prompts_per_step * args.group
+    dtype = getattr(torch, args.dtype or ('bfloat16' if device.type == 'cuda' else 'float32'))
+    if total % (args.batch * process.world):
+        raise InputError(f'{args.prompts_per_step} prompts x {args.group} rollouts do not divide into --batch '
+                         f'{args.batch} on {process.world} processes')
+    args.accum = total // (args.batch * process.world)
+    prompts, held_out = read_prompts(args)
+
+    # --- models
+    folder = find_folder(args.model)
+    text, vae = load_text_encoder(folder, dtype, device), load_vae(folder, dtype, device)
+    rewards, reward_weights = load_rewards(args, device)
+    net = load_dit(folder)
+    metadata = load_checkpoint(net, args.init)
+    require(metadata, args.init, kind='causal')
+    net = trainable(net, args, device, dtype)
+    frozen = None if args.lora_rank else copy.deepcopy(net).requires_grad_(False)  # the start, for the KL
+    if args.lora_rank:
+        add_lora(net, args.lora_rank, args.lora_alpha, args.seed)
+    policy = process.wrap(net)
+    steps, chunk = saved_steps(metadata) or warped_steps(), args.chunk or int(metadata.get('chunk', 3))
+    shape = latent_shape(args, net.config)
+    chunks = chunk_sizes(shape[1], chunk)
+    weights = chunk_weights(chunks, args.chunk_weight_shift).to(device)
+    kernel = consistency_kernel if args.policy == 'cm' else euler_maruyama(args.em_noise)
+    process.print(f'timesteps {format_steps(steps)}; chunks of {chunk} latent frames; {args.prompts_per_step} groups '
+                  f'of {args.group}; rewards {", ".join(args.rewards)}')
+
+    # --- optimizer
+    ema = EMA(net, args.ema, args.ema_start)
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=args.lr,
+                                  betas=(args.beta1, 0.999), eps=1e-10, weight_decay=args.weight_decay)
+    run = Run('cm_grpo', args, process, generator=net, ema=ema, optimizer=optimizer)
+
+    # --- loop
+    for step in run.steps():
+        # sample: the group of sample n is n // G
+        batches, scores, motion = [], [], 0
+        for micro in range(args.accum):
+            numbers = sample_numbers(args, process, step, micro)
+            generators = sample_generators(args, numbers, device)
+            captions = [shuffled(prompts, n // args.group, args.seed) for n in numbers]
+            context, noise = text(captions).float(), gaussian((args.batch, *shape), generators, device)
+            states, endpoints = recorded_rollout(policy, noise, context, steps, chunks, generators, kernel)
+            with torch.no_grad():
+                video = vae.decode(endpoints)
+                scores.append(torch.stack([reward(video, captions).float() for _, reward in rewards], dim=1))
+            motion += motion_amount(video, captions).mean().item() / args.accum
+            batches.append((context, states, endpoints))
+
+        # score: rewards of the whole step in the order of the sample numbers, the same on all ranks
+        gathered = process.gather(torch.stack(scores))  # (world, accum, batch, kinds)
+        values = gathered.transpose(0, 1).reshape(args.prompts_per_step, args.group, len(rewards)).cpu()
+        advantage = group_advantages(values, reward_weights)  # (P, G)
+        mine = advantage.view(args.accum, process.world, args.batch)[:, process.rank].to(device)
+
+        # policy: one transition, never the last one, the same on all ranks
+        k = random.Random(f'{args.seed} {step}').randrange(len(steps) - 1)
+        old, sums = [None] * args.accum, torch.zeros(2)  # loss, KL to the start
+        for update in range(args.updates):
+            for micro, (context, states, endpoints) in enumerate(batches):
+                x_t, z_next = states[k], states[k + 1]
+                t = torch.full((args.batch, shape[1]), steps[k], device=device)
+                with process.sync(policy, micro == args.accum - 1):
+                    x0 = interleaved_x0(policy, x_t, t, endpoints, context, chunks)
+                    mean, std, slope = kernel(x_t, x0, steps[k], steps[k + 1])
+                    if args.updates == 1:
+                        loss = 100 * surrogate(x0, z_next, mean, std, slope, mine[micro], weights)
+                    else:
+                        old[micro] = log_prob(z_next, mean, std).detach() if update == 0 else old[micro]
+                        loss = clipped_loss(x0, z_next, mean, std, old[micro], mine[micro], args.clip)
+                    reference = start_x0(net, frozen, x_t, t, endpoints, context, chunks)
+                    kl = kl_to_reference(x0, reference, std, slope)
+                    ((loss + args.kl * kl) / args.accum).backward()
+                if update == 0:
+                    sums += torch.tensor([loss.item(), kl.item()]) / args.accum
+            norm = torch.nn.utils.clip_grad_norm_([p for p in net.parameters() if p.requires_grad], args.grad_clip)
+            metrics = run.check(loss=sums[0], kl=sums[1], grad_norm=norm, motion=motion)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        ema.update(net, step)
+
+        # log, sample, save
+        named = {f'reward_{name}': values[:, :, i].mean().item() for i, (name, _) in enumerate(rewards)}
+        dead = (advantage.abs().amax(dim=1) == 0).float().mean().item()  # groups without any spread teach nothing
+        run.report(**named, spread=advantage.std().item(), no_spread=dead, transition=k, **metrics)
+        if process.rank == 0:
+            start = json.loads(run.log.read_text().splitlines()[0])['motion']
+            if metrics['motion'] < args.motion_alarm * start:
+                print(f'warning: motion fell from {start:.4f} to {metrics["motion"]:.4f}: the rewards may favour '
+                      'static videos; give motion more weight, or stop', flush=True)
+        if run.due(args.sample_every):
+            with ema.swapped_in(net):
+                for _ in run.samples(net, vae, text, held_out, shape, steps, chunks):
+                    pass
+        if run.due(args.save_every):
+            scale = args.lora_alpha / args.lora_rank if args.lora_rank else 1.0
+            run.save(folded(net, ema.average, scale), steps, kind='causal', chunk=chunk, config=net.config)
+            if args.lora_rank and process.rank == 0:
+                save_checkpoint(run.folder / 'lora.safetensors', adapter(ema.average), stage='cm_grpo', kind='causal',
+                                lora_rank=args.lora_rank, lora_alpha=args.lora_alpha, base=str(args.init))
+
+
+if __name__ == '__main__':
+    run_script(main)

@@ -1,0 +1,188 @@
+"""CM-GRPO: closed forms of the policy, then the script itself."""
+import pytest
+import torch
+from conftest import ROOT, random_dit, random_latents, run
+from safetensors.torch import load_file
+
+import cm_grpo
+import wan_causal as wc
+
+STEPS = wc.warped_steps()
+KERNELS = {"cm": wc.consistency_kernel, "em": cm_grpo.euler_maruyama(0.4)}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_log_probability_is_torchs(kernel):
+    x, x0, z = (random_latents(3, 16, 2, 4, 4, seed=i) for i in range(3))
+    mean, std, _ = KERNELS[kernel](x, x0, 937.5, 833.333)
+    expected = torch.distributions.Normal(mean, std).log_prob(z).mean(dim=(1, 2, 3, 4))
+    torch.testing.assert_close(cm_grpo.log_prob(z, mean, std), expected)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("t, s", [(1000, 937.5), (937.5, 833.333), (833.333, 625)])
+@pytest.mark.parametrize("shape", [(1, 16, 1, 2, 2), (3, 16, 5, 4, 6)])
+def test_the_surrogates_gradient_is_minus_advantage_times_the_policy_gradient(kernel, t, s, shape):
+    x, z = (random_latents(*shape, seed=i) for i in range(2))
+    advantage, weights = random_latents(shape[0], seed=3), torch.rand(shape[2]) + 0.5
+    x0 = random_latents(*shape, seed=2).requires_grad_()
+    mean, std, slope = KERNELS[kernel](x, x0, t, s)
+    cm_grpo.surrogate(x0, z, mean, std, slope, advantage, weights).backward()
+
+    again = x0.detach().clone().requires_grad_()
+    mean, std, _ = KERNELS[kernel](x, again, t, s)
+    each = torch.distributions.Normal(mean, std).log_prob(z)  # by autograd, element by element
+    wanted = -(advantage.view(-1, 1, 1, 1, 1) * weights.view(1, 1, -1, 1, 1) * each).sum() / each.numel()
+    wanted.backward()
+    torch.testing.assert_close(x0.grad, again.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_euler_maruyama_without_noise_is_the_ode_step():
+    x, x0 = random_latents(1, 16, 2, 4, 4), random_latents(1, 16, 2, 4, 4, seed=1)
+    mean, std, _ = cm_grpo.euler_maruyama(1e-6)(x, x0, 937.5, 833.333)
+    torch.testing.assert_close(mean, x + (0.833333 - 0.9375) * (x - x0) / 0.9375, atol=1e-5, rtol=1e-5)
+    assert std < 1e-5
+
+
+def test_advantages():
+    rewards = random_latents(4, 6, 2, seed=0) * torch.tensor([1.0, 100.0]) + 3
+    rewards[2] = 5.0  # a group without spread
+    advantage = cm_grpo.group_advantages(rewards, torch.tensor([2.0, 1.0]))
+    torch.testing.assert_close(advantage.sum(1), torch.zeros(4), atol=1e-5, rtol=0)
+    assert advantage[2].abs().max() == 0
+    torch.testing.assert_close(advantage[[0, 1, 3]].square().mean(1), torch.ones(3))
+    # by hand, one group
+    a, b = (rewards[0, :, i] for i in range(2))
+    total = 2 * (a - a.mean()) / a.std(correction=0) + (b - b.mean()) / b.std(correction=0)
+    torch.testing.assert_close(advantage[0], (total - total.mean()) / total.std(correction=0))
+    outlier = torch.zeros(1, 100, 1)
+    outlier[0, 0] = 1.0
+    assert cm_grpo.group_advantages(outlier, torch.ones(1)).max() == 5  # clipped
+
+
+def test_the_ratio_is_one_at_the_first_update():
+    x, z, x0 = (random_latents(2, 16, 2, 4, 4, seed=i) for i in range(3))
+    advantage, x0 = torch.tensor([1.5, -0.5]), x0.requires_grad_()
+    mean, std, slope = wc.consistency_kernel(x, x0, 937.5, 833.333)
+    old = cm_grpo.log_prob(z, mean, std).detach()
+    loss = cm_grpo.clipped_loss(x0, z, mean, std, old, advantage, 0.2)
+    assert loss.item() == pytest.approx(-advantage.mean().item())  # ratio 1, nothing clipped
+    gradient, = torch.autograd.grad(loss, x0)
+    x0_b = x0.detach().clone().requires_grad_()
+    cm_grpo.surrogate(x0_b, z, (1 - 0.833333) * x0_b, std, slope, advantage, torch.ones(2)).backward()
+    torch.testing.assert_close(gradient, x0_b.grad, rtol=1e-4, atol=1e-7)  # the on-policy gradient
+
+
+def test_kl_is_torchs():
+    x, a, b = (random_latents(2, 16, 2, 4, 4, seed=i) for i in range(3))
+    (mean_a, std, slope), (mean_b, _, _) = (wc.consistency_kernel(x, x0, 937.5, 833.333) for x0 in (a, b))
+    normal = torch.distributions.Normal
+    expected = torch.distributions.kl_divergence(normal(mean_a, std), normal(mean_b, std)).mean()
+    torch.testing.assert_close(cm_grpo.kl_to_reference(a, b, std, slope), expected)
+
+
+def test_the_policy_of_a_one_dimensional_consistency_model_moves_to_the_optimum():
+    """x0 = theta; the reward of z' is -(z' - 0.3)^2, so the best mean (1 - s') theta is 0.3."""
+    theta, random = torch.nn.Parameter(torch.tensor(-1.0)), torch.Generator().manual_seed(0)
+    optimizer, s = torch.optim.Adam([theta], lr=0.05), 625.0
+    for _ in range(400):
+        x0 = theta.expand(32, 1, 1, 1, 1)
+        mean, std, slope = wc.consistency_kernel(None, x0, 833.333, s)
+        z = (mean + std * torch.randn(x0.shape, generator=random)).detach()
+        advantage = cm_grpo.group_advantages(-(z - 0.3).square().view(1, 32, 1), torch.ones(1))[0]
+        optimizer.zero_grad()
+        cm_grpo.surrogate(x0, z, mean, std, slope, advantage, torch.ones(1)).backward()
+        optimizer.step()
+    assert (1 - s / 1000) * theta.item() == pytest.approx(0.3, abs=0.1)
+
+
+def test_lora_starts_as_the_model_and_folds_into_what_it_became(tmp_path):
+    net = random_dit()
+    x, t, context = random_latents(2, 16, 3, 4, 4), torch.tensor([900.0, 300.0]), random_latents(2, 8, 16, seed=1)
+    linears = sum(isinstance(m, torch.nn.Linear) for m in net.modules())
+    with torch.no_grad():
+        before = net(x, t, context)
+        cm_grpo.add_lora(net, 4, 8.0, seed=0)
+        torch.testing.assert_close(net(x, t, context), before)
+    trained = {n: p for n, p in net.named_parameters() if p.requires_grad}
+    assert linears == 2 * 10 + 6 and len(trained) == 2 * linears and all(".lora_" in n for n in trained)
+    for p in trained.values():
+        torch.nn.init.normal_(p, std=0.1)
+    with torch.no_grad():
+        after = net(x, t, context)
+        assert not torch.allclose(after, before, atol=1e-2)
+        with cm_grpo.without_lora(net):
+            torch.testing.assert_close(net(x, t, context), before)
+        torch.testing.assert_close(net(x, t, context), after)
+        ema = wc.EMA(net, 0.9)
+        plain = random_dit(seed=1)
+        wc.load_exactly(plain, cm_grpo.folded(net, ema.average, 8.0 / 4), "folded")
+        torch.testing.assert_close(plain(x, t, context), after, atol=1e-4, rtol=1e-4)
+        # the adapter alone, through the loader, on the same base
+        wc.save_checkpoint(tmp_path / "lora.safetensors", cm_grpo.adapter(ema.average), lora_alpha=8.0)
+        base = random_dit()
+        wc.load_checkpoint(base, tmp_path / "lora.safetensors")
+        torch.testing.assert_close(base(x, t, context), after, atol=1e-4, rtol=1e-4)
+
+
+def test_motion_rewards_know_still_from_moving_from_jerky():
+    still = torch.zeros(1, 3, 9, 16, 16)
+    moving, jerky = still.clone(), still.clone()
+    for i in range(9):
+        moving[0, :, i, :, i:i + 4] = 1
+        jerky[0, :, i, :, (5 * i) % 12:(5 * i) % 12 + 4] = 1
+    amount = [cm_grpo.motion_amount(v, ["x"]).item() for v in (still, moving, jerky)]
+    smooth = [cm_grpo.motion_smoothness(v, ["x"]).item() for v in (still, moving, jerky)]
+    assert amount[0] == 0 < amount[1] and smooth[0] == 1 > smooth[1] > smooth[2]
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    """A random CLIP in the hub's layout, with a word-level tokenizer, and a LAION head."""
+    from transformers import CLIPConfig, CLIPModel
+
+    import tiny_world
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    model = CLIPModel(CLIPConfig(text_config={**small, "vocab_size": 64, "eos_token_id": 1, "pad_token_id": 0,
+                                              "max_position_embeddings": 32},
+                                 vision_config={**small, "image_size": 32, "patch_size": 8}, projection_dim=12))
+    model.save_pretrained(folder)
+    tiny_world.make_tokenizer().save_pretrained(folder)
+    torch.save({"weight": torch.randn(1, 12), "bias": torch.randn(1)}, folder / "head.pth")
+    return folder, model.eval()
+
+
+def test_clip_rewards_are_clips_own_numbers(clip_folder):
+    folder, model = clip_folder
+    clip = cm_grpo.Clip(str(folder), str(folder / "head.pth"), torch.device("cpu"))
+    video, prompts = random_latents(2, 3, 4, 32, 32).clamp(-1, 1), ["a red circle", "a blue striped square moving up"]
+    mean, std = (torch.tensor(c).view(1, 3, 1, 1) for c in (wc.CLIP_MEAN, wc.CLIP_STD))
+    words = clip.tokenizer(prompts, padding=True, return_tensors="pt")
+    similar, beauty, head = 0, 0, torch.load(folder / "head.pth")
+    with torch.no_grad():
+        for i in range(4):
+            out = model(input_ids=words.input_ids, attention_mask=words.attention_mask,
+                        pixel_values=((video[:, :, i] / 2 + 0.5) - mean) / std)
+            similar = similar + out.logits_per_image.diag() / model.logit_scale.exp() / 4
+            beauty = beauty + (out.image_embeds @ head["weight"].T + head["bias"])[:, 0] / 4
+        torch.testing.assert_close(clip.similarity(video, prompts), similar, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(clip.aesthetic(video, prompts), beauty, atol=1e-5, rtol=1e-5)
+        assert clip.images(torch.zeros(1, 3, 48, 80)).shape == (1, 12)
+
+
+@pytest.mark.parametrize("flags", [["--lora-rank", 0, "--kl", 0.01], ["--policy", "em", "--em-noise", 0.8],
+                                   ["--updates", 2, "--rewards", "clip=2", "aesthetic=1", "smoothness=0.75"]])
+def test_other_settings_run_and_leave_a_generator(flags, clip_folder, tmp_path):
+    folder, _ = clip_folder
+    start = wc.load_dit(ROOT / "tests/tiny").state_dict()
+    wc.save_checkpoint(tmp_path / "start.safetensors", start, kind="causal", chunk=3, timesteps="1000,900,750,500")
+    done = run("cm_grpo.py", "--init", tmp_path / "start.safetensors", "--frames", 13, "--height", 32, "--width", 32,
+               "--batch", 2, "--group", 2, "--prompts-per-step", 1, "--steps", 1, "--lora-rank", 4, "--sample-every", 1,
+               "--clip-model", folder, "--aesthetic-head", folder / "head.pth", "--rewards", "motion", *flags, "--out",
+               tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    result = load_file(tmp_path / "run/model.safetensors")
+    assert set(result) == set(start) and any(not torch.equal(result[k], start[k]) for k in start)
+    assert (tmp_path / "run/lora.safetensors").exists() == (flags[0] != "--lora-rank")
