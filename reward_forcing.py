@@ -78,10 +78,14 @@ def parse_args(argv=None):
     g.add_argument('--reward', default='imagereward', help='imagereward, or module:function')
     g.add_argument('--reward-model', default='THUDM/ImageReward', help='ImageReward\'s folder or hub repository')
     g.add_argument('--reward-frames', choices=['last', 'random', 'all'], default='last', help='which frames it sees')
+    g.add_argument('--decode-past', type=int, metavar='N',
+                   help='decode from N latent frames before the rewarded ones (default: from the start, exactly)')
     g.add_argument('--exit-step', choices=['random', 'last'], default='random',
                    help='the denoising step whose prediction is rewarded, shared by all chunks')
     g.add_argument('--chunk', type=int, help='latent frames per chunk; 1 is frame-wise (default: as --init)')
     args = parse_stage(p, 'reward_forcing', argv)
+    if args.decode_past is not None and args.decode_past < 1:
+        raise InputError(f'--decode-past {args.decode_past} must be at least 1')
     if not args.init:
         raise InputError('no --init: reward forcing starts from a causal few-step generator, such as the result of '
                          'ode_init.py train')
@@ -137,7 +141,7 @@ def train(args, process):
                 parts = rollout(generator, noise[:, :, :sum(rolled)], context, steps, rolled, exit_step=exit_step,
                                 grad_from=sum(chunks[:first]), generator=generators)
                 x0 = torch.cat([part.x0 for part in parts], dim=2)  # (B, C, F, H, W)
-                r, gradient = reward_gradient(reward, vae, x0.detach(), captions, frames)
+                r, gradient = reward_gradient(reward, vae, x0.detach(), captions, frames, args.decode_past)
                 loss = -(gradient * x0).sum() / (args.batch * args.accum)  # gradient of the mean of -r
                 loss.backward()
             rewards.append(r)

@@ -1174,35 +1174,38 @@ def latent_frame(frame):
     return (frame + 3) // 4
 
 
-def reward_gradient(reward, vae, latents, prompts, frames):
+def reward_gradient(reward, vae, latents, prompts, frames, past=None):
     """Rewards (B,) of some video frames, and their gradient in the latents (B, C, F, H, W), zero where not rewarded.
 
-    `frames`, ascending. The video is decoded once without a graph, up to the last frame that is needed. The reward's
+    `frames`, ascending. `past`: decode from so many latent frames before the first rewarded one (at least 1; None: from
+    the start, which is exact; the decoder's memory of what lies far back is weak). The video is decoded once without a graph, up to the last frame that is needed. The reward's
     gradient in the pixels is then taken back through the decoder for one latent frame at a time, from the decoder's
     memory of the earlier ones, which is a constant: memory does not grow with the number of frames.
     """
     where = [latent_frame(frame) for frame in frames]
+    begin = 0 if past is None else max(0, where[0] - past)
+    shown = [frame - 4 * begin for frame in frames]  # a decoder's first latent frame gives one video frame
     cache, memory, video = {}, {}, []
     with torch.no_grad():
-        for i in range(where[-1] + 1):
+        for i in range(begin, where[-1] + 1):
             if i in where:
                 memory[i] = dict(cache)  # the tensors in it are replaced by later frames, never written to
             video.append(vae.decode(latents[:, :, i:i + 1], cache))
         video = torch.cat(video, dim=2)
-    picked = video[:, :, frames].requires_grad_()  # (B, 3, len(frames), H, W)
+    picked = video[:, :, shown].requires_grad_()  # (B, 3, len(frames), H, W)
     with torch.enable_grad():
         rewards = reward(picked, prompts)
         if tuple(rewards.shape) != (len(prompts),):
             raise InputError(f'the reward returned shape {tuple(rewards.shape)} for a video {tuple(picked.shape)} and '
                              f'{len(prompts)} prompts: it must be ({len(prompts)},)')
         pixels = torch.zeros_like(video)
-        pixels[:, :, frames], = torch.autograd.grad(rewards.sum(), picked)
+        pixels[:, :, shown], = torch.autograd.grad(rewards.sum(), picked)
         gradient = torch.zeros_like(latents)
         for i, remembered in memory.items():
             z = latents[:, :, i:i + 1].detach().requires_grad_()
-            shown = vae.decode(z, remembered)
-            start = max(0, 4 * i - 3)
-            gradient[:, :, i:i + 1], = torch.autograd.grad(shown, z, pixels[:, :, start:start + shown.shape[2]])
+            out = vae.decode(z, remembered)
+            start = max(0, 4 * (i - begin) - 3)
+            gradient[:, :, i:i + 1], = torch.autograd.grad(out, z, pixels[:, :, start:start + out.shape[2]])
     return rewards.detach(), gradient
 
 

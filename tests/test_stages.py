@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 import distill_dmd
 import ode_init
 import reward_forcing
+import tiny_world
 import wan_causal as wc
 
 TINY = ROOT / "tests/tiny"
@@ -362,6 +364,20 @@ def test_reward_gradient_of_all_frames_is_that_of_each_latent_frame_given_the_pa
         torch.testing.assert_close(gradient[:, :, i], expected[:, :, i], atol=1e-3, rtol=1e-3)
 
 
+def test_decoding_from_a_few_latent_frames_before_is_nearly_exact(parts):
+    """With the whole past it is exact, and the error falls with what is remembered."""
+    _, vae, _, model = parts
+    with torch.no_grad():
+        latents = vae.encode(tiny_world.render(CAPTIONS, 57, generator=wc.seeded(0)))
+    reward, errors = wc.frame_reward(model), []
+    exact = wc.reward_gradient(reward, vae, latents, CAPTIONS, [53, 56])
+    for past in (1, 4, 8, 14):
+        got = wc.reward_gradient(reward, vae, latents, CAPTIONS, [53, 56], past)
+        errors.append([(a - b).norm().item() / b.norm().item() for a, b in zip(got, exact)])
+    assert errors[3] == [0, 0] and max(errors[2]) < 0.05 < errors[0][1]
+    assert errors[0][1] > errors[1][1] > errors[2][1]
+
+
 def test_reward_gradient_against_finite_differences(parts):
     _, vae, _, model = parts
     reward, latents = wc.frame_reward(model), random_latents(2, 16, 3, 8, 8)
@@ -445,10 +461,11 @@ def test_two_ranks_with_half_the_batch_equal_one_process(stage, made, tmp_path):
     args = [*command(stage, made), *FEW, "--lr", 1e-4, "--steps", 2]
     args += {"reward_forcing": ["--reward-frames", "all"],  # gradient in every chunk
              "self-forcing": ["--reward-weight", 0.5, "--rollout-frames", 25]}.get(stage, [])
-    one = run(*args, "--sample-every", 2, "--out", tmp_path / "one")
-    assert one.returncode == 0, one.stderr
-    two = torchrun(2, *args, "--sample-every", 0, "--batch", 1, "--out", tmp_path / "two")
-    assert two.returncode == 0, two.stderr
+    with ThreadPoolExecutor() as side_by_side:
+        one = side_by_side.submit(run, *args, "--sample-every", 2, "--out", tmp_path / "one")
+        two = torchrun(2, *args, "--sample-every", 0, "--batch", 1, "--out", tmp_path / "two")
+    one = one.result()
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     start = wc.load_dit(TINY).state_dict()  # LoRA's B starts at zero
     a, b = (torch.load(tmp_path / name / "state.pt", weights_only=True)["parts"]["generator"]
             for name in ("one", "two"))
@@ -487,12 +504,12 @@ def start_and_kill(args, after):
 @pytest.mark.parametrize("stage", ["distill_dmd", "ode_init", "reward_forcing", "raven", "cm_grpo"])
 def test_killed_at_random_moments_and_resumed_gives_the_same_weights(stage, made, tmp_path):
     args = [*command(stage, made), *SHORT, "--lr", 1e-4, "--steps", 5]
-    whole = run(*args, "--out", tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
-    for after in (1, 2, 1):
-        start_and_kill([*args, "--out", tmp_path / "killed", "--resume"], after)
-    done = run(*args, "--out", tmp_path / "killed", "--resume")
-    assert done.returncode == 0, done.stderr
+    with ThreadPoolExecutor() as side_by_side:
+        whole = side_by_side.submit(run, *args, "--out", tmp_path / "whole")
+        for after in (1, 2, 1):
+            start_and_kill([*args, "--out", tmp_path / "killed", "--resume"], after)
+        done = run(*args, "--out", tmp_path / "killed", "--resume")
+    assert whole.result().returncode == done.returncode == 0, whole.result().stderr + done.stderr
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(a[k], b[k]) for k in a)
     logs = [[{k: v for k, v in m.items() if k not in ("seconds", "peak_gib")} for m in metrics(tmp_path / name)]
@@ -573,6 +590,7 @@ def test_frame_wise_and_first_steps_of_the_whole_path(tmp_path):
 
 @pytest.mark.parametrize("args, words", [
     (["reward_forcing.py"], "no --init: reward forcing starts from a causal few-step generator"),
+    (["reward_forcing.py", "--init", "{ode}", "--decode-past", 0], "--decode-past 0 must be at least 1"),
     (["reward_forcing.py", "--init", "{student}"], "kind = bidirectional, but kind = causal is needed here"),
     (["distill_dmd.py", "--student", "causal"], "no --init: a causal student starts from a causal few-step one"),
     (["distill_dmd.py", "--student", "causal", "--init", "{student}"], "but kind = causal is needed here"),

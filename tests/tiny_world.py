@@ -791,7 +791,7 @@ DEFAULTS = {
                     "sample_every": 100},
     "ode_init sample": {"count": 400, "steps": 24, "batch": 8},
     "ode_init train": {"steps": 600, "lr": 3e-4, "ema": 0.98, "sample_every": 200},
-    "reward_forcing": {"batch": 4, "steps": 200, "lr": 5e-5, "ema": 0.98},
+    "reward_forcing": {"batch": 4, "steps": 200, "lr": 5e-5, "ema": 0.98, "decode_past": 8},
     "cm_grpo": {"steps": 100, "lr": 1e-4, "group": 8, "prompts_per_step": 4, "lora_rank": 16, "lora_alpha": 16,
                 "rewards": ["imagereward=1", "motion=0.35", "smoothness=0.75"]},
 }
@@ -843,17 +843,19 @@ def mean_reward(reward, video, captions):
     return {"reward_last": scores[-1].mean().item(), "reward": scores.mean().item()}
 
 
+def sample(out, name, captions, seed=0):
+    """Videos (N, 3, 57, 64, 64) of a generator: a file, or 'teacher' for the model itself."""
+    model, vae, text = load_dit(out).eval(), load_vae(out), load_text_encoder(out)
+    if name == "teacher":
+        return sample_teacher(model, vae, text, captions, seed=seed)
+    return sample_student(model, load_checkpoint(model, name), vae, text, captions, seed)
+
+
 def compare(out, checkpoints, count=200, seed=0):
-    """What generators (files; 'teacher' for the model itself) show of held-out captions; a dict per name."""
-    captions, rows = split()[1][:count], {}
-    vae, text, reward = load_vae(out), load_text_encoder(out), load_image_reward(out / "reward_model")
+    """What generators show of held-out captions: a dict for each."""
+    captions, rows, reward = split()[1][:count], {}, load_image_reward(out / "reward_model")
     for name in checkpoints:
-        model, metadata = load_dit(out).eval(), {}
-        if name == "teacher":
-            video = sample_teacher(model, vae, text, captions, seed=seed)
-        else:
-            metadata = load_checkpoint(model, name)
-            video = sample_student(model, metadata, vae, text, captions, seed)
+        video = sample(out, name, captions, seed)
         rows[name] = {**scorecard(video, captions), **mean_reward(reward, video, captions)}
         print(name, " ".join(f"{k} {v:.3f}" for k, v in rows[name].items()), flush=True)
     return rows
@@ -862,21 +864,19 @@ def compare(out, checkpoints, count=200, seed=0):
 def evaluate(out, count=200):
     """What the models in `out` reach on held-out captions; written to measured.json there."""
     _, held_out = split()
-    vae, text = load_vae(out), load_text_encoder(out)
-    result = {"vae": reconstruct(vae, held_out[:50])}
-    captions = held_out[:count]
-    result["teacher"] = scorecard(sample_teacher(load_dit(out).eval(), vae, text, captions), captions)
+    result, captions = {"vae": reconstruct(load_vae(out), held_out[:50])}, held_out[:count]
+    result["teacher"] = scorecard(sample(out, "teacher", captions), captions)
     result["real"] = scorecard(render(captions, generator=torch.Generator().manual_seed(8)), captions)
     return result
 
 
-def picture(out, path, rows=6, columns=5):
-    """A strip of frames of the teacher on held-out captions, as one PNG: a caption a row, time to the right."""
+def picture(out, generators, path, count=6, columns=5):
+    """Frames of generators on held-out captions, as one PNG: a row per caption and generator, time to the right."""
     import imageio
-    captions = split()[1][3::200 // rows][:rows]
-    video = sample_teacher(load_dit(out).eval(), load_vae(out), load_text_encoder(out), captions)
+    captions = split()[1][3::200 // count][:count]
+    video = torch.stack([sample(out, name, captions) for name in generators], dim=1).flatten(0, 1)
     frames = video[:, :, torch.linspace(0, video.shape[2] - 1, columns).round().long()]  # (rows, 3, columns, 64, 64)
-    frames = torch.nn.functional.interpolate(frames.flatten(0, 1), scale_factor=2).unflatten(0, (rows, 3))
+    frames = torch.nn.functional.interpolate(frames.flatten(0, 1), scale_factor=2).unflatten(0, (len(video), 3))
     sheet = frames.permute(0, 3, 2, 4, 1).flatten(2, 3).flatten(0, 1)  # (rows 128, columns 128, 3)
     imageio.v3.imwrite(path, ((sheet + 1) * 127.5).round().to(torch.uint8).numpy())
     print("\n".join(captions))
@@ -906,9 +906,12 @@ def train(out, work, scale=1.0):
 def main():
     parser = argparse.ArgumentParser(description="The tiny world: train its models, or measure them.")
     parser.add_argument("verb", choices=["train", "evaluate", "picture", "compare"])
-    parser.add_argument("checkpoints", nargs="*", help="for compare: generators' files, or `teacher`")
+    parser.add_argument("generators", nargs="*", default=["teacher"],
+                        help="for compare and picture: generators' files, or `teacher`")
     parser.add_argument("--count", type=int, default=200, help="for compare: held-out captions")
     parser.add_argument("--seed", type=int, default=0, help="for compare: of the noise")
+    parser.add_argument("--png", type=Path, default=Path(__file__).parent / "frames.png", help="for picture: the file")
+    parser.add_argument("--captions", type=int, default=6, help="for picture: how many")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny", help="the model folder")
     parser.add_argument("--work", type=Path, default=Path("runs/tiny_world"), help="where a killed run goes on from")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the training steps, for a quick trial")
@@ -916,9 +919,9 @@ def main():
     if args.verb == "train":
         train(args.out, args.work, args.scale)
     elif args.verb == "compare":
-        print(json.dumps(compare(args.out, args.checkpoints, args.count, args.seed), indent=1))
+        print(json.dumps(compare(args.out, args.generators, args.count, args.seed), indent=1))
     elif args.verb == "picture":
-        picture(args.out, Path(__file__).parent / "frames.png")
+        picture(args.out, args.generators, args.png, args.captions)
     else:
         print(json.dumps(evaluate(args.out), indent=1))
 
