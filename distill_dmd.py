@@ -212,7 +212,7 @@ def parse_args(argv=None):
     asked = p.parse_known_args(sys.argv[1:] if argv is None else argv)[0]
     asked.history = asked.history if asked.student == 'causal' else 'bidirectional'
     p.set_defaults(**SETTINGS[asked.history])
-    args = parse_stage(p, 'distill_dmd', argv)
+    args = parse_stage(p, f'distill_dmd {asked.student}', argv)
     args.history = asked.history
     if args.ratio < 1:
         raise InputError(f'--ratio {args.ratio} must be at least 1')

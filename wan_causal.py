@@ -1177,10 +1177,11 @@ def latent_frame(frame):
 def reward_gradient(reward, vae, latents, prompts, frames, past=None):
     """Rewards (B,) of some video frames, and their gradient in the latents (B, C, F, H, W), zero where not rewarded.
 
-    `frames`, ascending. `past`: decode from so many latent frames before the first rewarded one (at least 1; None: from
-    the start, which is exact; the decoder's memory of what lies far back is weak). The video is decoded once without a graph, up to the last frame that is needed. The reward's
-    gradient in the pixels is then taken back through the decoder for one latent frame at a time, from the decoder's
-    memory of the earlier ones, which is a constant: memory does not grow with the number of frames.
+    frames: ascending. past: decode from so many latent frames before the first rewarded one, at least 1 (None: from
+    the start, which is exact; but the decoder hardly remembers what lies far back).
+    The video is decoded once without a graph, up to the last frame that is needed. The reward's gradient in the pixels
+    is then taken back through the decoder for one latent frame at a time, from the decoder's memory of the earlier
+    ones, which is a constant: memory does not grow with the number of frames.
     """
     where = [latent_frame(frame) for frame in frames]
     begin = 0 if past is None else max(0, where[0] - past)

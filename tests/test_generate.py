@@ -7,7 +7,6 @@ from conftest import ROOT, random_dit, run, torchrun
 import wan_causal as wc
 
 PROMPT = "a red striped circle moving left on a navy background"
-FEW = ["--frames", 9, "--steps", 2]
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +23,15 @@ def read(path):
     return np.stack(list(imageio.v3.imiter(path)))
 
 
-def test_default_model_writes_a_video_and_says_so(tmp_path):
-    done = run("generate.py", PROMPT, *FEW, "--out", tmp_path)
+@pytest.mark.parametrize("flags, words", [
+    ([], "timesteps 1000, 900, 750, 500; chunks of 3 latent frames"),  # the model folder's causal generator
+    (["--bidirectional", "--steps", 2], "bidirectional teacher: 2 unipc steps, shift 3.0, guidance 3.0")])
+def test_default_model_writes_a_video_and_says_so(tmp_path, flags, words):
+    done = run("generate.py", PROMPT, "--frames", 9, *flags, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     file = tmp_path / "a_red_striped_circle_moving_left_on_a_navy_background-0.mp4"
     assert f"{file}: 9 frames at 64x64 in " in done.stdout and "FPS" in done.stdout
-    assert "bidirectional teacher: 2 unipc steps, shift 3.0, guidance 3.0" in done.stdout
+    assert words in done.stdout
     assert read(file).shape == (9, 64, 64, 3) and list(tmp_path.iterdir()) == [file]
 
 
@@ -119,7 +121,7 @@ def test_two_processes_share_the_prompts_and_write_the_same_files(tmp_path, caus
     ([PROMPT, "--bidirectional", "--checkpoint", "CAUSAL"], "kind = causal, but kind = bidirectional is needed"),
     ([PROMPT, "--init", "nothing.png", "--checkpoint", "CAUSAL"], "no file nothing.png"),
     ([PROMPT, "--init", "README.md", "--checkpoint", "CAUSAL"], "cannot be read as an image or a video"),
-    ([PROMPT, "--init", "README.md"], "need a causal generator"),
+    ([PROMPT, "--init", "README.md", "--bidirectional"], "need a causal generator"),
     ([], "empty prompt"), ([""], "empty prompt"), (["  "], "empty prompt"),
     (["--prompts", "nothing.txt"], "cannot read the prompts file"),
     ([PROMPT, PROMPT, "--out", "OUT/x.mp4"], "is one file, but there are 2 prompts"),

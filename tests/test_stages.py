@@ -589,16 +589,17 @@ def test_frame_wise_and_first_steps_of_the_whole_path(tmp_path):
 
 
 @pytest.mark.parametrize("args, words", [
-    (["reward_forcing.py"], "no --init: reward forcing starts from a causal few-step generator"),
+    (["reward_forcing.py", "--model", "Wan-AI/x"], "no --init: reward forcing starts from a causal few-step generator"),
     (["reward_forcing.py", "--init", "{ode}", "--decode-past", 0], "--decode-past 0 must be at least 1"),
     (["reward_forcing.py", "--init", "{student}"], "kind = bidirectional, but kind = causal is needed here"),
-    (["distill_dmd.py", "--student", "causal"], "no --init: a causal student starts from a causal few-step one"),
+    (["distill_dmd.py", "--model", "Wan-AI/x", "--student", "causal"],
+     "no --init: a causal student starts from a causal few-step one"),
     (["distill_dmd.py", "--student", "causal", "--init", "{student}"], "but kind = causal is needed here"),
     (["distill_dmd.py", "--student", "causal", "--history", "raven", "--init", "{ode}", "--rollout-frames", 61],
      "--rollout-frames 61 needs --history self-forcing"),
     (["distill_dmd.py", "--student", "causal", "--history", "teacher-forcing", "--init", "{ode}", "--data", "{data}"],
      "holds latents (16, 4, 4, 4), but the flags ask for (16, 15, 8, 8)"),
-    (["cm_grpo.py"], "no --init: CM-GRPO starts from a causal few-step generator"),
+    (["cm_grpo.py", "--model", "Wan-AI/x"], "no --init: CM-GRPO starts from a causal few-step generator"),
     (["cm_grpo.py", "--init", "{ode}", "--group", 1], "--group 1 must be at least 2"),
     (["cm_grpo.py", "--init", "{ode}", "--group", 3, "--prompts-per-step", 3, "--batch", 2], "do not divide into"),
     (["cm_grpo.py", "--init", "{ode}", "--rewards", "beauty=1"], "--rewards beauty cannot be loaded"),

@@ -18,10 +18,10 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from wan_causal import (CONFIGS, MAX_POSITION, ImageReward, TextEncoder, WanModel, WanVAE, add_noise,  # noqa: E402
-                        chunk_sizes, dit_diffusers_key, gaussian, load_checkpoint, load_dit, load_image_reward,
-                        load_text_encoder, load_vae, ode_trajectory, rollout, saved_steps, shift_sigma, sigma_schedule,
-                        vae_diffusers_key)
+from wan_causal import (  # noqa: E402
+    CONFIGS, MAX_POSITION, ImageReward, TextEncoder, WanModel, WanVAE, add_noise, chunk_sizes, dit_diffusers_key,
+    gaussian, load_checkpoint, load_dit, load_image_reward, load_text_encoder, load_vae, ode_trajectory,
+    read_weights, rollout, saved_steps, shift_sigma, sigma_schedule, vae_diffusers_key)
 
 COLOURS = {"red": (220, 40, 40), "green": (60, 200, 70), "blue": (50, 90, 240),  # RGB, 0..255
            "yellow": (240, 220, 40), "purple": (160, 50, 200), "orange": (250, 140, 20)}
@@ -771,7 +771,8 @@ def export(out, vae, mean, std, encoder, tokenizer, teacher, reward):
         "text_encoder": ["transformers", "UMT5EncoderModel"],
         "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
         "transformer": ["diffusers", "WanTransformer3DModel"], "vae": ["diffusers", "AutoencoderKLWan"]})
-    write_json(out / "defaults.json", DEFAULTS)
+    write_json(out / "defaults.json",  # without a generator yet, the teacher is what generate.py samples
+               {k: v for k, v in DEFAULTS.items() if k != "checkpoint" or (out / v).exists()})
     captions, held_out = split()
     for name, lines in (("prompts.txt", captions), ("held_out.txt", held_out), ("held_out_few.txt", held_out[3::50])):
         (out / name).write_text("\n".join(lines) + "\n")
@@ -785,15 +786,18 @@ def export(out, vae, mean, std, encoder, tokenizer, teacher, reward):
 # flags are for it instead of the paper's values.
 DEFAULTS = {
     "height": 64, "width": 64, "frames": 57, "fps": 16, "shift": 3.0, "guidance": 3.0, "negative": "",
-    "prompts": "prompts.txt", "held_out": "held_out_few.txt", "checkpointing": False, "accum": 1, "batch": 8,
-    "ema_start": 0, "reward_model": "reward_model",
-    "distill_dmd": {"batch": 4, "steps": 300, "lr": 2e-4, "critic_lr": 2e-4, "ratio": 2, "ema": 0.98, "ema_start": 0,
-                    "sample_every": 100},
+    "checkpoint": "reward_forced.safetensors", "prompts": "prompts.txt", "held_out": "held_out_few.txt",
+    "reward_model": "reward_model", "checkpointing": False, "accum": 1, "batch": 8, "ema_start": 0,
+    "distill_dmd bidirectional": {"batch": 4, "steps": 300, "lr": 2e-4, "critic_lr": 2e-4, "ratio": 2, "ema": 0.98,
+                                  "sample_every": 100},
+    "distill_dmd causal": {"batch": 4, "steps": 200, "lr": 1e-4, "critic_lr": 1e-4, "ratio": 2, "ema": 0.98,
+                           "init": "ode.safetensors"},
     "ode_init sample": {"count": 400, "steps": 24, "batch": 8},
     "ode_init train": {"steps": 600, "lr": 3e-4, "ema": 0.98, "sample_every": 200},
-    "reward_forcing": {"batch": 4, "steps": 200, "lr": 5e-5, "ema": 0.98, "decode_past": 8},
-    "cm_grpo": {"steps": 100, "lr": 1e-4, "group": 8, "prompts_per_step": 4, "lora_rank": 16, "lora_alpha": 16,
-                "rewards": ["imagereward=1", "motion=0.35", "smoothness=0.75"]},
+    "reward_forcing": {"batch": 4, "steps": 200, "lr": 5e-5, "ema": 0.98, "decode_past": 8,
+                       "init": "ode.safetensors"},
+    "cm_grpo": {"init": "reward_forced.safetensors", "steps": 100, "lr": 1e-4, "group": 8, "prompts_per_step": 4,
+                "lora_rank": 16, "lora_alpha": 16, "rewards": ["imagereward=1", "motion=0.35", "smoothness=0.75"]},
 }
 
 
@@ -852,13 +856,38 @@ def sample(out, name, captions, seed=0):
 
 
 def compare(out, checkpoints, count=200, seed=0):
-    """What generators show of held-out captions: a dict for each."""
-    captions, rows, reward = split()[1][:count], {}, load_image_reward(out / "reward_model")
+    """What generators show of held-out captions, added to results.json in `out`: label -> measurements.
+
+    A generator's label is the folder of its model.safetensors, i.e. the name of its run, or its file's name.
+    """
+    captions, reward = split()[1][:count], load_image_reward(out / "reward_model")
     for name in checkpoints:
         video = sample(out, name, captions, seed)
-        rows[name] = {**scorecard(video, captions), **mean_reward(reward, video, captions)}
-        print(name, " ".join(f"{k} {v:.3f}" for k, v in rows[name].items()), flush=True)
-    return rows
+        row = {**scorecard(video, captions), **mean_reward(reward, video, captions), "captions": count}
+        path, file = Path(name), out / "results.json"
+        label = path.parent.name if path.name == "model.safetensors" else path.stem
+        rows = json.loads(file.read_text()) if file.exists() else {}
+        write_json(file, {**rows, label: {k: round(v, 4) for k, v in row.items()}})
+        print(results_table({label: row}), flush=True)
+
+
+def results_table(rows):
+    """results.json as a Markdown table."""
+    columns = {"reward_last": "reward, last frame", "reward": "reward, all", "colour": "colour", "shape": "shape",
+               "texture": "texture", "texture_correlation": "texture correlation", "motion": "motion",
+               "path": "px per frame", "flicker": "flicker"}
+    shares = ("colour", "shape", "texture", "motion")
+    lines = ["| run | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
+    for label, row in rows.items():
+        cells = [f"{100 * row[k]:.1f} %" if k in shares else f"{row[k]:.2f}" for k in columns]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def keep(out, checkpoint, name):
+    """A float16 copy of a generator's file, with its metadata, in the model folder: <out>/<name>.safetensors."""
+    state, metadata = read_weights(checkpoint)
+    save_half(state, out, f"{name}.safetensors", metadata)
 
 
 def evaluate(out, count=200):
@@ -905,9 +934,9 @@ def train(out, work, scale=1.0):
 
 def main():
     parser = argparse.ArgumentParser(description="The tiny world: train its models, or measure them.")
-    parser.add_argument("verb", choices=["train", "evaluate", "picture", "compare"])
+    parser.add_argument("verb", choices=["train", "evaluate", "picture", "compare", "keep"])
     parser.add_argument("generators", nargs="*", default=["teacher"],
-                        help="for compare and picture: generators' files, or `teacher`")
+                        help="for compare and picture: generators' files, or `teacher`; for keep: a file and its name")
     parser.add_argument("--count", type=int, default=200, help="for compare: held-out captions")
     parser.add_argument("--seed", type=int, default=0, help="for compare: of the noise")
     parser.add_argument("--png", type=Path, default=Path(__file__).parent / "frames.png", help="for picture: the file")
@@ -918,8 +947,10 @@ def main():
     args = parser.parse_args()
     if args.verb == "train":
         train(args.out, args.work, args.scale)
+    elif args.verb == "keep":
+        keep(args.out, *args.generators)
     elif args.verb == "compare":
-        print(json.dumps(compare(args.out, args.generators, args.count, args.seed), indent=1))
+        compare(args.out, args.generators, args.count, args.seed)
     elif args.verb == "picture":
         picture(args.out, args.generators, args.png, args.captions)
     else:
