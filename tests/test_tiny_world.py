@@ -137,13 +137,15 @@ def test_vae_is_good(parts):
 
 
 def test_teacher_shows_what_it_is_told(parts):
-    """Far above chance on captions it never saw. The aims in the README are higher; measured.json has 200 captions."""
+    """Captions it never saw; few of them and half the steps, so below measured.json, which has 200 at 50 steps."""
     captions = tw.split()[1][7::25]
     video = tw.sample_teacher(parts[0], parts[1], parts[2], captions, steps=25)
     card = tw.scorecard(video, captions)
-    assert min(card[name] for name in ("colour", "background")) >= 0.85  # chance: 17 %, 25 %
-    assert min(card[name] for name in ("shape", "motion", "texture")) >= 0.6  # chance: 33 %, 14 %, 25 %
-    assert card["texture_correlation"] > 0.4
+    assert min(card[name] for name in ("colour", "background", "shape")) >= 0.85  # at most one of 8 wrong
+    assert min(card[name] for name in ("motion", "texture")) >= 0.75  # at most two
+    assert card["texture_correlation"] > 0.55
+    measured = json.loads((TINY / "measured.json").read_text())["teacher"]
+    assert min(measured[name] for name in ("colour", "background", "shape")) >= 0.97 and measured["texture"] >= 0.92
 
 
 def test_reward_is_good():
@@ -160,6 +162,21 @@ def test_measured_figures_are_those_of_the_readme():
     for figure in (f"{measured['vae']['psnr']:.1f} dB", f"{100 * measured['teacher']['texture']:.1f} %",
                    f"{measured['teacher']['texture_correlation']:.2f}"):
         assert figure in readme
+    assert tw.results_table(json.loads((TINY / "results.json").read_text())) in readme
+
+
+@pytest.mark.parametrize("name, kind", [("ode", "ode_init"), ("reward_forced", "reward_forcing")])
+def test_the_committed_generators(parts, name, kind):
+    """Causal, with their settings in the file, and as good as results.json says, within what 8 captions can show."""
+    net = wc.load_dit(TINY)
+    metadata = wc.load_checkpoint(net, TINY / f"{name}.safetensors")
+    assert metadata["kind"] == "causal" and metadata["stage"] == kind and metadata["chunk"] == "3"
+    assert wc.saved_steps(metadata) == pytest.approx(wc.warped_steps(shift=3.0))
+    captions, reward = tw.split()[1][7::25], wc.load_image_reward(TINY / "reward_model")
+    video = tw.sample_student(net.eval(), metadata, parts[1], parts[2], captions)
+    card = tw.scorecard(video, captions)
+    assert min(card[name] for name in ("colour", "background", "shape")) >= 0.85 and card["path"] > 0.4
+    assert tw.mean_reward(reward, video, captions)["reward"] > {"ode": 0.1, "reward_forced": 0.5}[name]
 
 
 def test_pipeline_equals_diffusers(parts):

@@ -902,7 +902,9 @@ def evaluate(out, count=200):
 def picture(out, generators, path, count=6, columns=5):
     """Frames of generators on held-out captions, as one PNG: a row per caption and generator, time to the right."""
     import imageio
-    captions = split()[1][3::200 // count][:count]
+    held_out = split()[1]  # each texture in turn, from all over the list
+    captions = [next(c for c in held_out[200 // count * i:] if parse(c)["texture"] == TEXTURES[(i + 1) % 4])
+                for i in range(count)]
     video = torch.stack([sample(out, name, captions) for name in generators], dim=1).flatten(0, 1)
     frames = video[:, :, torch.linspace(0, video.shape[2] - 1, columns).round().long()]  # (rows, 3, columns, 64, 64)
     frames = torch.nn.functional.interpolate(frames.flatten(0, 1), scale_factor=2).unflatten(0, (len(video), 3))
