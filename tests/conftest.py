@@ -65,6 +65,25 @@ def run(*args, env=None, cwd=ROOT, timeout=600):
                           timeout=timeout)
 
 
+def run_each(commands):
+    """Run scripts one after the other in one process, which imports the packages once: [(exit code, stderr)]."""
+    code = f"""
+import contextlib, io, json, runpy, sys
+sys.path.insert(0, '.')
+for sys.argv in {[[str(a) for a in command] for command in commands]!r}:
+    errors, code = io.StringIO(), 0
+    try:
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+            runpy.run_path(sys.argv[0], run_name='__main__')
+    except SystemExit as stop:
+        code = stop.code
+    print(json.dumps([code, errors.getvalue()]))
+"""
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
 def torchrun(processes, *args, **kwargs):
     """The same under torchrun with several processes."""
     return run("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *args, **kwargs)

@@ -2,7 +2,7 @@
 import imageio
 import numpy as np
 import pytest
-from conftest import ROOT, random_dit, run, torchrun
+from conftest import ROOT, random_dit, run, run_each, torchrun
 
 import wan_causal as wc
 
@@ -102,7 +102,7 @@ def test_two_processes_share_the_prompts_and_write_the_same_files(tmp_path, caus
         assert a.read_bytes() == b.read_bytes()
 
 
-@pytest.mark.parametrize("args, words", [
+BAD = [
     ([PROMPT, "--checkpoint", "CAUSAL", "--overlap", 4], "--overlap 4 must be a multiple of the chunk of 3"),
     ([PROMPT, "--checkpoint", "CAUSAL", "--overlap", 3, "--window", 9], "--overlap goes with neither --init nor"),
     ([PROMPT, "--model", "no/such/model/here"], "no model folder"),
@@ -129,15 +129,26 @@ def test_two_processes_share_the_prompts_and_write_the_same_files(tmp_path, caus
     ([PROMPT, "--device", "cuda"], "no CUDA device"),
     ([PROMPT, "--device", "abacus"], "unknown device"),
     ([PROMPT, "--frames", 4097, "--checkpoint", "CAUSAL"], "past the RoPE table"),
-])
-def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, causal, args, words):
-    args = [str(a).replace("CAUSAL", str(causal)).replace("OUT", str(tmp_path)) for a in args]
-    out = [] if "--out" in args else ["--out", tmp_path / "out"]
-    done = run("generate.py", *args, *out)
-    assert done.returncode == 2, done.stderr
-    assert words in done.stderr and "Traceback" not in done.stderr
-    assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
-    assert not [f for f in tmp_path.rglob("*") if f.is_file()]
+]
+
+
+@pytest.fixture(scope="module")
+def refused(causal, tmp_path_factory):
+    """(exit code, stderr, its folder) of each case of BAD."""
+    folders = [tmp_path_factory.mktemp("bad") for _ in BAD]
+    commands = []
+    for folder, (args, _) in zip(folders, BAD):
+        args = [str(a).replace("CAUSAL", str(causal)).replace("OUT", str(folder)) for a in args]
+        commands.append(["generate.py", *args, *([] if "--out" in args else ["--out", folder / "out"])])
+    return [(*result, folder) for result, folder in zip(run_each(commands), folders)]
+
+
+@pytest.mark.parametrize("case", range(len(BAD)))
+def test_bad_input_is_one_sentence_and_leaves_nothing(refused, case):
+    code, stderr, folder = refused[case]
+    assert code == 2 and BAD[case][1] in stderr and "Traceback" not in stderr
+    assert len([line for line in stderr.splitlines() if line.startswith("error: ")]) == 1
+    assert not [f for f in folder.rglob("*") if f.is_file()]
 
 
 def test_help_needs_no_model():

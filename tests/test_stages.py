@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, random_dit, random_latents, run, torchrun
+from conftest import ROOT, random_dit, random_latents, run, run_each, torchrun
 from safetensors.torch import load_file
 
 import distill_dmd
@@ -471,7 +471,8 @@ def test_two_ranks_with_half_the_batch_equal_one_process(stage, made, tmp_path):
             for name in ("one", "two"))
     moved = torch.cat([(a[k] - start.get(k, 0)).flatten() for k in a if k in start or ".lora_B." in k]).norm()
     apart = torch.cat([(a[k] - b[k]).flatten() for k in a]).norm()
-    assert moved > 0 and apart < 2e-3 * moved
+    # Adam's first steps are the gradient's sign: an element whose gradient is float noise may differ by a whole step.
+    assert moved > 0 and apart < 1e-2 * moved
     for x, y in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two")):
         for key in set(x) & set(y) - {"seconds", "peak_gib"}:
             assert x[key] == pytest.approx(y[key], rel=2e-3, abs=1e-4), key
@@ -588,7 +589,7 @@ def test_frame_wise_and_first_steps_of_the_whole_path(tmp_path):
         assert done.returncode == 0 and "timesteps 1000, 900, 750, 500" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("args, words", [
+BAD = [
     (["reward_forcing.py", "--model", "Wan-AI/x"], "no --init: reward forcing starts from a causal few-step generator"),
     (["reward_forcing.py", "--init", "{ode}", "--decode-past", 0], "--decode-past 0 must be at least 1"),
     (["reward_forcing.py", "--init", "{student}"], "kind = bidirectional, but kind = causal is needed here"),
@@ -618,18 +619,29 @@ def test_frame_wise_and_first_steps_of_the_whole_path(tmp_path):
     (["ode_init.py", "train", "--data", "{damaged}"], "is not a shard of trajectories, or is damaged"),
     (["ode_init.py", "sample", "--out", "{data}", "--seed", 5], "holds trajectories with"),
     (["distill_dmd.py", "--out", "/dev/null/x"], "cannot write to /dev/null/x"),
-])
-def test_bad_input_is_one_sentence(made, tmp_path, args, words):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "damaged").mkdir()
-    (tmp_path / "damaged/trajectories_000000.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{nothing")
-    (tmp_path / "run").mkdir()
-    torch.save({"step": 1, "settings": {"stage": "distill_dmd"}, "parts": {}}, tmp_path / "run/state.pt")
+]
+
+
+@pytest.fixture(scope="module")
+def refused(made, tmp_path_factory):
+    """(exit code, stderr, the folder it was told to write to) of each case of BAD."""
+    folder = tmp_path_factory.mktemp("bad")
+    for name in ("empty", "damaged", "run"):
+        (folder / name).mkdir()
+    (folder / "damaged/trajectories_000000.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{nothing")
+    torch.save({"step": 1, "settings": {"stage": "distill_dmd"}, "parts": {}}, folder / "run/state.pt")
     names = {"student": made / "student.safetensors", "ode": made / "ode.safetensors", "data": made / "trajectories",
-             **{name: tmp_path / name for name in ("empty", "damaged", "run")}}
-    args = [a.format(**names) if isinstance(a, str) else a for a in args]
-    if "--out" not in args:
-        args += ["--out", tmp_path / "out"]
-    done = run(*args, *([] if "sample" in args else ["--steps", 1]))
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: ") and words in done.stderr
-    assert "Traceback" not in done.stderr and not (tmp_path / "out/state.pt").exists()
+             **{name: folder / name for name in ("empty", "damaged", "run")}}
+    commands = []
+    for i, (args, _) in enumerate(BAD):
+        args = [a.format(**names) if isinstance(a, str) else a for a in args]
+        args += [] if "--out" in args else ["--out", folder / str(i)]
+        commands.append(args if "sample" in args else [*args, "--steps", 1])
+    return [(*result, folder / str(i)) for i, result in enumerate(run_each(commands))]
+
+
+@pytest.mark.parametrize("case", range(len(BAD)), ids=[words for _, words in BAD])
+def test_bad_input_is_one_sentence(refused, case):
+    code, stderr, out = refused[case]
+    assert code == 2 and stderr.splitlines()[-1].startswith("error: ") and BAD[case][1] in stderr
+    assert "Traceback" not in stderr and not (out / "state.pt").exists()

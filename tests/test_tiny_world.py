@@ -1,6 +1,7 @@
 """The tiny world: what is drawn is what is measured, and the committed models are as good as the README says."""
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -202,4 +203,4 @@ def test_the_committed_weights_can_be_made_again(tmp_path):
     wc.load_dit(tmp_path / "tiny"), wc.load_vae(tmp_path / "tiny"), wc.load_text_encoder(tmp_path / "tiny")
     wc.load_image_reward(tmp_path / "tiny" / "reward_model")
     theirs, ours = ({f.relative_to(d) for f in d.rglob("*.json")} for d in (TINY, tmp_path / "tiny"))
-    assert ours == theirs
+    assert ours == theirs - {Path("results.json")}  # of the runs that start from it

@@ -893,7 +893,7 @@ def keep(out, checkpoint, name):
 def evaluate(out, count=200):
     """What the models in `out` reach on held-out captions; written to measured.json there."""
     _, held_out = split()
-    result, captions = {"vae": reconstruct(load_vae(out), held_out[:50])}, held_out[:count]
+    result, captions = {"vae": reconstruct(load_vae(out), held_out[:min(50, count)])}, held_out[:count]
     result["teacher"] = scorecard(sample(out, "teacher", captions), captions)
     result["real"] = scorecard(render(captions, generator=torch.Generator().manual_seed(8)), captions)
     return result
