@@ -1,0 +1,717 @@
+"""VBench, the papers' benchmark: sample its prompts, score the videos, aggregate 16 dimensions to the total score.
+
+VBench (arXiv 2311.17982), as Reward-Forcing 4.1 and RAVEN use it: 946 prompts, 5 videos of each (25 of the 75 prompts
+for temporal flickering), 16 scores in [0, 1].
+
+sample  every prompt's videos -> OUT/videos/{prompt}-{i}.mp4, named by the original prompt whatever text the generator
+        was given; text and seed of each in OUT/samples.json, the list of prompts in OUT/full_info.json. Goes on with
+        what is there.
+score   videos -> OUT/results/{dimension}_eval_results.json, VBench's own format. Five dimensions here; the others by
+        VBench itself, whose packages fit no environment of ours, from another one: --vbench-python.
+table   n_d = (x_d - min_d) / (max_d - min_d);  Quality, Semantic = weighted means of n_d;  Total = (4 Q + S) / 5,
+        beside the papers' rows. A dimension that is missing is said to be, not counted as 0.
+
+Differs from VBench: CLIP runs in float32 (VBench: float16 on CUDA); the result of several processes is that of one
+(VBench's own is not: over GPUs it averages means of videos, and of appearance style only each video's last frame).
+
+The tiny model, whose captions the pretrained scorers do not know, is scored by the tiny world's measurements:
+    python eval_vbench.py sample && python eval_vbench.py score && python eval_vbench.py table        # CPU, offline
+VBench's own list comes with `pip install --no-deps vbench`, or with --full-info:
+    torchrun --standalone --nproc_per_node 8 eval_vbench.py sample --model Wan-AI/Wan2.1-T2V-1.3B \\
+        --checkpoint runs/reward/model.safetensors --extended all_dimension_extended.txt --out runs/vbench_reward
+    torchrun --standalone --nproc_per_node 8 eval_vbench.py score --out runs/vbench_reward \\
+        --aesthetic-head sa_0_4_vit_l_14_linear.pth --vbench-python vbench-env/bin/python
+    python eval_vbench.py table runs/vbench_reward/results --name "reward forcing"
+"""
+import argparse
+import functools
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import imageio
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from wan_causal import (MAX_POSITION, NEGATIVE_PROMPT, InputError, chunk_sizes, find_file, find_folder, format_steps,
+                        gaussian, latent_shape, load_checkpoint, load_dit, load_text_encoder, load_vae, model_defaults,
+                        ode_trajectory, parse_stage, processes, read_json, read_weights, replace_file, require, rollout,
+                        run_script, saved_steps, seeded, sigma_schedule, warped_steps)
+
+# ----------------------------------------------------------------------------------------------------------
+# Constants: VBench's scripts/constant.py, and the papers' tables
+
+VBENCH = {  # dimension: (group, min, max, weight)
+    'subject_consistency': ('quality', 0.1462, 1, 1), 'background_consistency': ('quality', 0.2615, 1, 1),
+    'temporal_flickering': ('quality', 0.6293, 1, 1), 'motion_smoothness': ('quality', 0.7060, 0.9975, 1),
+    'dynamic_degree': ('quality', 0, 1, 0.5), 'aesthetic_quality': ('quality', 0, 1, 1),
+    'imaging_quality': ('quality', 0, 1, 1), 'object_class': ('semantic', 0, 1, 1),
+    'multiple_objects': ('semantic', 0, 1, 1), 'human_action': ('semantic', 0, 1, 1), 'color': ('semantic', 0, 1, 1),
+    'spatial_relationship': ('semantic', 0, 1, 1), 'scene': ('semantic', 0, 0.8222, 1),
+    'appearance_style': ('semantic', 0.0009, 0.2855, 1), 'temporal_style': ('semantic', 0, 0.3640, 1),
+    'overall_consistency': ('semantic', 0, 0.3640, 1)}
+TINY = {  # the tiny world's: how well what is seen is drawn, and the shares of videos that show what the caption says
+    'shape_iou': ('quality', 0, 1, 1), 'texture_correlation': ('quality', 0, 1, 1), 'steadiness': ('quality', 0, 1, 1),
+    **dict.fromkeys(('colour', 'texture', 'shape', 'motion', 'background'), ('semantic', 0, 1, 1))}
+NATIVE = ('subject_consistency', 'background_consistency', 'temporal_flickering', 'aesthetic_quality',
+          'appearance_style')
+OVER_FRAMES = ('subject_consistency', 'background_consistency', 'appearance_style')  # others: mean over videos
+
+TABLE_1 = {  # Reward-Forcing, table 1: total, quality, semantic
+    'LTX-Video': (80.00, 82.30, 70.79), 'Wan2.1 1.3B': (84.26, 85.30, 80.09), 'NOVA': (80.12, 80.39, 79.05),
+    'Pyramid Flow': (81.72, 84.74, 69.62), 'Self Forcing, frame-wise': (84.26, 85.25, 80.30),
+    'SkyReels-V2': (82.67, 84.70, 74.53), 'MAGI-1': (79.18, 82.04, 67.74), 'CausVid': (81.20, 84.05, 69.80),
+    'Self Forcing': (84.31, 85.07, 81.28), 'ODE only': (68.77, 73.27, 50.81), 'Reward-Forcing': (84.92, 85.91, 80.97)}
+TABLE_3 = {  # Reward-Forcing, table 3: the dimensions in VBENCH's order
+    'CausVid': (96.32, 94.65, 99.38, 98.00, 73.61, 62.24, 67.82, 78.01, 60.75, 74.00, 82.34, 67.74, 14.03, 21.23, 18.85,
+                22.50),
+    'Self Forcing': (95.32, 96.30, 99.05, 98.35, 72.22, 65.75, 69.02, 93.75, 83.92, 97.00, 89.28, 83.38, 57.34, 24.40,
+                     20.48, 26.72),
+    'Reward-Forcing': (96.15, 95.83, 97.88, 97.99, 81.94, 70.51, 68.84, 93.20, 87.58, 97.00, 89.04, 83.78, 54.36, 24.06,
+                       21.19, 26.14)}
+RAVEN = {  # RAVEN's table of causal generators: total, quality, semantic
+    'CausVid': (83.01, 84.18, 78.34), 'LongLive': (83.05, 83.70, 80.46), 'Rolling Forcing': (83.25, 84.00, 80.25),
+    'Self Forcing': (84.27, 85.10, 80.97), 'Causal Forcing': (84.96, 86.00, 80.76), 'RAVEN': (85.15, 86.18, 81.04),
+    'RAVEN + CM-GRPO': (85.46, 86.54, 81.17)}
+TABLE_3_NOTE = ('Table 3\'s cells reproduce Table 1\'s Quality of Self Forcing and of Reward-Forcing; they reproduce '
+                'neither CausVid\'s Quality nor any Semantic, and so no Total.')
+ENVIRONMENT = ('make an environment for it (python3.10 -m venv vbench-env; vbench-env/bin/pip install "torch<2.6" '
+               'torchvision "setuptools<81" vbench; vbench-env/bin/pip install --no-build-isolation '
+               'git+https://github.com/facebookresearch/detectron2) and give --vbench-python vbench-env/bin/python')
+
+
+def aggregate(scores):
+    """{dimension: raw score} -> {'quality', 'semantic', 'total'}, None where a dimension is missing, and 'missing'."""
+    constants = TINY if set(scores) & set(TINY) else VBENCH
+    result = {'missing': [name for name in constants if name not in scores]}
+    for group in ('quality', 'semantic'):
+        rows = [(name, *row[1:]) for name, row in constants.items() if row[0] == group]
+        if all(name in scores for name, *_ in rows):  # VBench does not clip the normalised scores
+            result[group] = (sum(w * (scores[name] - low) / (high - low) for name, low, high, w in rows)
+                             / sum(w for *_, w in rows))
+        else:
+            result[group] = None
+    whole = result['quality'] is not None and result['semantic'] is not None
+    return {**result, 'total': (4 * result['quality'] + result['semantic']) / 5 if whole else None}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The suite: prompts, their dimensions, and the names of their videos
+
+def read_suite(path):
+    """VBench_full_info.json -> [{'prompt_en', 'dimension': [names], 'auxiliary_info'?}], checked."""
+    entries = read_json(path)
+    if not isinstance(entries, list) or not entries:
+        raise InputError(f'{path} is not a list of prompts such as VBench_full_info.json')
+    for number, entry in enumerate(entries):
+        prompt, names = (entry.get(key) for key in ('prompt_en', 'dimension')) if isinstance(entry, dict) else (0, 0)
+        if not isinstance(prompt, str) or not prompt.strip() or not isinstance(names, list):
+            raise InputError(f'{path}: entry {number} is not {{"prompt_en": text, "dimension": [names]}}')
+        if unknown := [name for name in names if name not in VBENCH and name not in TINY]:
+            raise InputError(f'{path}: entry {number} has the unknown dimension {unknown[0]!r}')
+        if '/' in prompt or len(prompt.encode()) > 230:
+            raise InputError(f'{path}: the prompt of entry {number} cannot be a file name: {prompt[:60]!r}')
+        if 'appearance_style' in names and not isinstance(style(entry), str):
+            raise InputError(f'{path}: entry {number} has no auxiliary_info for appearance_style')
+    return entries
+
+
+def style(entry):
+    """What appearance style compares with: auxiliary_info = {'appearance_style': {'appearance_style': text}}."""
+    try:
+        return entry['auxiliary_info']['appearance_style']['appearance_style']
+    except (KeyError, TypeError):
+        return None
+
+
+def installed_list():
+    """VBench_full_info.json of an installed vbench package, which is not imported."""
+    spec = importlib.util.find_spec('vbench')
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (file := Path(folder) / 'VBench_full_info.json').is_file():
+            return file
+    raise InputError('no list of prompts: install VBench\'s without its packages (pip install --no-deps vbench), or '
+                     'give --full-info VBench_full_info.json')
+
+
+def video_names(entries, wanted, samples=5):
+    """{file name: (entry, sample)} of the wanted dimensions; 5 times as many for temporal flickering.
+
+    A prompt that appears twice has one set of videos, which belongs to its first entry.
+    """
+    videos, first = {}, {}
+    for number, entry in enumerate(entries):
+        prompt, number = entry['prompt_en'], first.setdefault(entry['prompt_en'], number)
+        if set(wanted) & set(entry['dimension']):
+            for i in range(5 * samples if 'temporal_flickering' in entry['dimension'] else samples):
+                videos[f'{prompt}-{i}.mp4'] = number, i
+    return videos
+
+
+def chosen(args, entries):
+    """--dimensions, checked, or all that the suite has, in the order of the constants."""
+    here = {name for entry in entries for name in entry['dimension']}
+    for name in args.dimensions or []:
+        if name not in here:
+            known = name in VBENCH or name in TINY
+            raise InputError(f'--dimensions {name}: ' + ('no prompt of this suite is for it' if known else
+                             f'unknown; the dimensions are {", ".join(n for n in (*VBENCH, *TINY) if n in here)}'))
+    return [name for name in (*VBENCH, *TINY) if name in (args.dimensions or here)]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Scores of one video: functions (frames (T, 3, H, W) uint8, entry) -> a score for each frame or pair of frames
+
+IMAGENET = (.485, .456, .406), (.229, .224, .225)
+CLIP = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
+
+
+def new_shape(frames, size):
+    """torchvision's Resize: the shorter side becomes `size`, the longer one int(size long / short)."""
+    short = min(frames.shape[2:])
+    return [size if side == short else int(size * side / short) for side in frames.shape[2:]]
+
+
+def resize(frames, shape, mode, antialias=False):
+    """Of float tensors: not clamped, not rounded."""
+    return F.interpolate(frames, shape, mode=mode, align_corners=False, antialias=antialias)
+
+
+def crop(frames, size):
+    """torchvision's CenterCrop."""
+    top, left = (int(round((side - size) / 2)) for side in frames.shape[2:])
+    return frames[:, :, top:top + size, left:left + size]
+
+
+def standardise(frames, statistics):
+    """0..255 -> a network's input."""
+    mean, std = (torch.tensor(values, device=frames.device).view(3, 1, 1) for values in statistics)
+    return (frames / 255 - mean) / std
+
+
+def dino_input(frames, size):
+    """Bilinear, no antialiasing, and no crop: 480x832 becomes 224x388, 14x24 patches."""
+    return standardise(resize(frames, new_shape(frames, size), 'bilinear'), IMAGENET)
+
+
+def clip_input(frames, size):
+    """From tensors: bicubic without antialiasing, not clamped, so that it overshoots 0..255."""
+    return standardise(crop(resize(frames, new_shape(frames, size), 'bicubic'), size), CLIP)
+
+
+def pil_resize(frames, size):
+    """As PIL does it (appearance style alone): antialiased, rows before columns, each to whole levels in 0..255."""
+    height, width = new_shape(frames, size)
+    for shape in ((frames.shape[2], width), (height, width)):
+        frames = resize(frames, shape, 'bicubic', antialias=True).clamp(0, 255).round()
+    return frames
+
+
+def clip_image_input(frames, size):
+    """From PIL images."""
+    return standardise(crop(pil_resize(frames, size), size), CLIP)
+
+
+def consistency(features):
+    """Unit features (T, D) -> (T - 1,): half the cosine with the previous frame, half that with the first one."""
+    previous, first = (features[1:] * features[:-1]).sum(1), features[1:] @ features[0]
+    return (previous.clamp(min=0) + first.clamp(min=0)) / 2
+
+
+def flickering(frames, entry=None):
+    """1 - mean |difference| / 255 of neighbouring frames, (T - 1,)."""
+    return torch.stack([1 - (a.float() - b.float()).abs().mean() / 255 for a, b in zip(frames, frames[1:])])
+
+
+def pretrained(kind, name, device=None, **kwargs):
+    """A transformers model or tokenizer of a folder or hub repository, with all its weights."""
+    try:
+        if device is None:
+            return kind.from_pretrained(name)
+        model, info = kind.from_pretrained(name, output_loading_info=True, dtype=torch.float32, **kwargs)
+    except Exception as error:
+        raise InputError(f'cannot load {kind.__name__} from {name}: {str(error).strip().splitlines()[0]}') from error
+    if info['missing_keys']:
+        raise InputError(f'{name} is no {kind.__name__}: {len(info["missing_keys"])} of its tensors are missing')
+    return model.eval().requires_grad_(False).to(device)
+
+
+def encoder(network, prepare, size, device):
+    """A function frames (T, 3, H, W) uint8 -> unit features (T, D), 16 frames at a time."""
+    return lambda frames: F.normalize(torch.cat([network(prepare(part.to(device).float(), size))
+                                                 for part in frames.split(16)]))
+
+
+def clip_encoder(clip, prepare):
+    return encoder(lambda x: clip.visual_projection(clip.vision_model(x).pooler_output), prepare,
+                   clip.config.vision_config.image_size, clip.device)
+
+
+def aesthetic_head(file, width, device):
+    """LAION's linear head on unit CLIP features: weight (1, width), bias (1,)."""
+    state = read_weights(find_file(file))[0]
+    if not isinstance(state, dict) or {key: tuple(getattr(value, 'shape', ())) for key, value in state.items()} != {
+            'weight': (1, width), 'bias': (1,)}:
+        raise InputError(f'{file} is no aesthetic head for CLIP features of {width} numbers: it must hold weight '
+                         f'(1, {width}) and bias (1,)')
+    return state['weight'].float().to(device), state['bias'].float().to(device)
+
+
+def native_scorers(dimensions, args, device):
+    """{dimension: its function} for those of `dimensions` that are computed here; loads only what they need."""
+    from transformers import AutoTokenizer, CLIPModel, ViTModel
+    scorers = {'temporal_flickering': flickering}
+    if 'subject_consistency' in dimensions:
+        dino = pretrained(ViTModel, args.dino, device, add_pooling_layer=False)
+        see_subject = encoder(lambda x: dino(x, interpolate_pos_encoding=True).last_hidden_state[:, 0], dino_input,
+                              dino.config.image_size, device)
+        scorers['subject_consistency'] = lambda frames, entry: consistency(see_subject(frames))
+    if {'background_consistency', 'appearance_style'} & set(dimensions):
+        clip, tokenizer = pretrained(CLIPModel, args.clip, device), pretrained(AutoTokenizer, args.clip)
+        see, see_image = clip_encoder(clip, clip_input), clip_encoder(clip, clip_image_input)
+
+        def appearance(frames, entry):  # VBench: CLIP's logit / 100
+            words = tokenizer([style(entry)], truncation=True, return_tensors='pt').to(device)
+            text = F.normalize(clip.text_projection(clip.text_model(**words).pooler_output))
+            return see_image(frames) @ text[0] * clip.logit_scale.exp() / 100
+        scorers['background_consistency'] = lambda frames, entry: consistency(see(frames))
+        scorers['appearance_style'] = appearance
+    if 'aesthetic_quality' in dimensions:
+        large = pretrained(CLIPModel, args.clip_large, device)
+        see_large, head = clip_encoder(large, clip_input), aesthetic_head(
+            args.aesthetic_head, large.config.projection_dim, device)
+        scorers['aesthetic_quality'] = lambda frames, entry: F.linear(see_large(frames), *head)[:, 0] / 10
+    return {name: scorers[name] for name in dimensions if name in scorers}
+
+
+def tiny_scorers(dimensions, args):
+    """The same from tests/tiny_world.py, which lies beside the tiny model's folder; one look gives all dimensions."""
+    file = Path(args.model).resolve().parent / 'tiny_world.py'
+    if not file.is_file():
+        raise InputError(f'no {file}: the tiny captions are scored by the tiny world\'s own measurements, which lie '
+                         'beside the tiny model\'s folder; give that folder with --model')
+    spec = importlib.util.spec_from_file_location('tiny_world', file)
+    world = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(world)
+
+    @functools.lru_cache(maxsize=1)
+    def measured(frames, caption):
+        row = world.scorecard(frames.float().div(127.5).sub(1).transpose(0, 1)[None], [caption])
+        return {**row, 'steadiness': 1 - row['flicker'] / 255}
+    return {name: lambda frames, entry, name=name: torch.tensor([measured(frames, entry['prompt_en'])[name]])
+            for name in dimensions if name in TINY}
+
+
+# ----------------------------------------------------------------------------------------------------------
+
+def sample_flags(p):
+    g = p.add_argument_group('suite')
+    g.add_argument('--full-info', metavar='FILE', help='VBench_full_info.json (default: the tiny model\'s captions, '
+                                                       'else the installed vbench package\'s)')
+    g.add_argument('--held-out', metavar='FILE', help='captions of the tiny world (default: the tiny model\'s)')
+    g.add_argument('--extended', metavar='FILE', help='what the generator is given instead: a line for each entry')
+    g.add_argument('--dimensions', nargs='+', metavar='NAME', help='only the prompts for these (default: all)')
+    g.add_argument('--samples', type=int, default=5, help='videos per prompt, and 5 times as many for flickering')
+    g.add_argument('--seed', type=int, default=0, help='sample i of entry n has the seed 10^6 seed + 1000 n + i')
+    g.add_argument('--out', default='runs/vbench', help='the folder of videos and results')
+    g = p.add_argument_group('generator, as in generate.py')
+    g.add_argument('--model', default='tests/tiny', help='the Wan model: a folder or hub repository')
+    g.add_argument('--checkpoint', dest='weights', metavar='FILE', help='generator weights: a file, or repository:path '
+                   'on the hub (default: those that the model folder names, else the teacher is sampled)')
+    g.add_argument('--no-ema', action='store_true', help='take the weights that are not averaged, if there are both')
+    g.add_argument('--bidirectional', action='store_true', help='all frames at once: the teacher, or a student')
+    g.add_argument('--frames', type=int, default=81, help='video frames, 1 + 4k')
+    g.add_argument('--height', type=int, default=480, help='pixels, a multiple of 16')
+    g.add_argument('--width', type=int, default=832, help='pixels, a multiple of 16')
+    g.add_argument('--timesteps', type=float, nargs='+', metavar='T', help='few-step ones (default: the checkpoint\'s)')
+    g.add_argument('--chunk', type=int, help='latent frames per chunk (default: the checkpoint\'s, else 3)')
+    g.add_argument('--window', type=int, help='latent frames a frame may see, its chunk included (default: all)')
+    g.add_argument('--sink', type=int, default=0, help='of these, how many are the video\'s first ones')
+    g.add_argument('--steps', type=int, default=50, help='the teacher\'s UniPC steps')
+    g.add_argument('--shift', type=float, default=5.0, help='the teacher\'s timestep shift')
+    g.add_argument('--guidance', type=float, default=5.0, help='the teacher\'s guidance, 1 is off')
+    g.add_argument('--negative', default=NEGATIVE_PROMPT, help='the teacher\'s negative prompt')
+    g.add_argument('--device', help='cpu or cuda (default: cuda if there is one)')
+    g.add_argument('--dtype', choices=['float32', 'bfloat16'], help='default: bfloat16 on cuda, else float32')
+
+
+def score_flags(p):
+    p.add_argument('--out', default='runs/vbench', help='the folder that `sample` left, and of the results')
+    p.add_argument('--videos', metavar='FOLDER', help='default: OUT/videos')
+    p.add_argument('--filtered', metavar='FOLDER', help='for temporal flickering, the static videos alone, as `vbench '
+                                                        'static_filter` left them (default: static or not)')
+    p.add_argument('--full-info', metavar='FILE', help='VBench_full_info.json (default: what `sample` left, else the '
+                                                       'installed vbench package\'s)')
+    p.add_argument('--dimensions', nargs='+', metavar='NAME', help='only these (default: all that can be scored)')
+    p.add_argument('--samples', type=int, default=5, help='videos per prompt that must be there')
+    p.add_argument('--dino', default='facebook/dino-vitb16', help='DINO ViT-B/16: a folder or hub repository')
+    p.add_argument('--clip', default='openai/clip-vit-base-patch32', help='CLIP ViT-B/32')
+    p.add_argument('--clip-large', default='openai/clip-vit-large-patch14', help='CLIP ViT-L/14')
+    p.add_argument('--aesthetic-head', metavar='FILE', help='LAION\'s sa_0_4_vit_l_14_linear.pth')
+    p.add_argument('--model', default='tests/tiny', help='tiny captions: the model whose world measures them')
+    p.add_argument('--vbench-python', metavar='FILE', help='Python of an environment with VBench, for the other ones')
+    p.add_argument('--vbench-gpus', type=int, default=1, help='GPUs that VBench uses')
+    p.add_argument('--device', help='cpu or cuda (default: cuda if there is one)')
+
+
+def table_flags(p):
+    p.add_argument('results', nargs='*', help='result files, VBench\'s or ours, or folders of them (default: '
+                                              'runs/vbench/results)')
+    p.add_argument('--percentages', type=float, nargs=16, metavar='P',
+                   help='instead of files, 16 numbers in the papers\' order: ' + ', '.join(VBENCH))
+    p.add_argument('--name', default='this run', help='of the row')
+    p.add_argument('--format', choices=['text', 'markdown', 'json'], default='text', help='of the output')
+
+
+def parse_args(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    p = argparse.ArgumentParser(description='VBench: sample its suite, score the videos, aggregate the scores.',
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flags = {'sample': sample_flags, 'score': score_flags, 'table': table_flags}
+    p.add_argument('verb', choices=flags, help='what to do; `eval_vbench.py VERB --help` shows its flags')
+    verb = argv[0] if argv else None
+    flags.get(verb, lambda p: None)(p)
+    args = parse_stage(p, 'eval_vbench sample', argv) if verb == 'sample' else p.parse_args(argv)
+    if verb == 'sample':
+        args.weights = args.weights or (None if args.bidirectional else model_defaults(args.model).get('checkpoint'))
+        args.bidirectional = args.bidirectional or args.weights is None
+        if 1 + (args.frames - 1) // 4 > MAX_POSITION:
+            raise InputError(f'--frames {args.frames} is past the RoPE table of {MAX_POSITION} latent frames')
+        if args.shift <= 0 or args.sink < 0 or (args.sink and args.window is None):
+            raise InputError('--shift must be positive, and --sink not negative and with a --window')
+        if args.window and args.bidirectional:
+            raise InputError('--window needs a causal generator: give its weights with --checkpoint')
+        if args.timesteps and (args.timesteps != sorted(set(args.timesteps), reverse=True)
+                               or args.timesteps[0] > 1000 or args.timesteps[-1] <= 0):
+            raise InputError(f'--timesteps {format_steps(args.timesteps)} must fall from at most 1000 to above 0')
+    if verb != 'table' and not 1 <= args.samples <= 200:
+        raise InputError(f'--samples {args.samples} must be 1 to 200')
+    return args
+
+
+# ----------------------------------------------------------------------------------------------------------
+# sample
+
+def sampling_suite(args):
+    """(entries, the text that the generator is given for each)."""
+    def lines(name):
+        try:
+            return [line.strip() for line in find_file(name).read_text(encoding='utf-8').rstrip().split('\n')]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f'cannot read the prompts file {name}: {error}') from error
+    if args.full_info is None and args.held_out:
+        entries = [{'prompt_en': line, 'dimension': list(TINY)} for line in lines(args.held_out)]
+    else:
+        entries = read_suite(args.full_info or installed_list())
+    texts = lines(args.extended) if args.extended else [entry['prompt_en'] for entry in entries]
+    if len(texts) != len(entries) or not all(texts):
+        raise InputError(f'{args.extended} has {sum(map(bool, texts))} prompts in {len(texts)} lines, but the suite '
+                         f'has {len(entries)} entries: it must have one line for each, in the same order')
+    return entries, texts
+
+
+def clean_latents(model, args, chunks, context, negative, noise, generator):
+    """One video's latents (1, C, f, H/8, W/8), piece by piece; the same as generate.py's at the same seed."""
+    if args.bidirectional and not args.timesteps:
+        for x in ode_trajectory(model, noise, context, negative, sigma_schedule(args.steps, args.shift), args.guidance):
+            pass
+        yield x
+        return
+    for chunk in rollout(model, noise, context, args.timesteps, chunks, window=args.window, sink=args.sink,
+                         generator=generator):
+        yield chunk.x0
+
+
+def write_video(path, vae, latents):
+    """Decode and write piece by piece; the file is there whole or not at all."""
+    def write(temporary):
+        cache = {}
+        with imageio.get_writer(temporary, fps=16, quality=8, macro_block_size=2) as writer:
+            for piece in latents:
+                video = vae.decode(piece, cache)[0]  # (3, T, H, W)
+                for frame in ((video + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy():
+                    writer.append_data(frame)
+    replace_file(path, write)
+
+
+def record(out, entries, settings, videos, process):
+    """samples.json and full_info.json; another run's settings or texts in the same folder are refused."""
+    file = out / 'samples.json'
+    old = read_json(file) if file.exists() else {'settings': settings, 'videos': {}}
+    if not isinstance(old, dict) or not all(isinstance(old.get(key), dict) for key in ('settings', 'videos')):
+        raise InputError(f'{file} is not what eval_vbench.py sample wrote: take another --out')
+    changed = [key for key in settings if old['settings'].get(key) != settings[key]]
+    changed += [name for name in videos if old['videos'].get(name, videos[name]) != videos[name]]
+    if changed:
+        raise InputError(f'{out} holds videos with another {changed[0]}: give the same flags to go on, or another '
+                         '--out')
+    process.barrier()  # nobody writes before everybody has read
+    if process.rank == 0:
+        for path, content in ((file, {'settings': settings, 'videos': {**old['videos'], **videos}}),
+                              (out / 'full_info.json', entries)):
+            replace_file(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1)))
+        for stale in (out / 'videos').glob('.*.mp4'):  # of a killed run
+            stale.unlink()
+
+
+@torch.no_grad()
+def sample(args, process):
+    # --- setup
+    device, out = process.device, Path(args.out)
+    dtype = getattr(torch, args.dtype or ('bfloat16' if device.type == 'cuda' else 'float32'))
+    entries, texts = sampling_suite(args)
+    names = video_names(entries, chosen(args, entries), args.samples)
+    videos = {name: {'prompt': texts[n], 'seed': 1_000_000 * args.seed + 1000 * n + i}
+              for name, (n, i) in names.items()}
+    skip = ('verb', 'full_info', 'held_out', 'extended', 'dimensions', 'samples', 'seed', 'out', 'device')
+    record(out, entries, {key: value for key, value in vars(args).items() if key not in skip}, videos, process)
+    missing = [name for name in videos if not (out / 'videos' / name).exists()]
+    process.print(f'{len(videos)} videos of {len(entries)} prompts; {len(missing)} to be made')
+    process.barrier()
+
+    # --- models
+    folder = find_folder(args.model)
+    model = load_dit(folder, dtype, device).eval()
+    metadata = load_checkpoint(model, args.weights, ema=not args.no_ema) if args.weights else {}
+    require(metadata, args.weights, kind='bidirectional' if args.bidirectional else 'causal')
+    vae, text = load_vae(folder, dtype, device), load_text_encoder(folder, dtype, device)
+    args.timesteps = args.timesteps or saved_steps(metadata) or (None if args.bidirectional else warped_steps())
+    shape = latent_shape(args, model.config)
+    chunks = [shape[1]] if args.bidirectional else chunk_sizes(shape[1], args.chunk or int(metadata.get('chunk', 3)))
+    if args.window is not None and args.window < max(chunks) + args.sink:
+        raise InputError(f'--window {args.window} is smaller than a chunk of {max(chunks)} and a sink of {args.sink} '
+                         'latent frames together')
+    solver = args.bidirectional and not args.timesteps
+    negative = text([args.negative]) if solver and args.guidance != 1 else None
+    process.print(f'{args.weights or args.model}: ' + (
+        f'{args.steps} unipc steps, shift {args.shift}, guidance {args.guidance}' if solver else
+        f'timesteps {format_steps(args.timesteps)}; chunks of {", ".join(map(str, chunks))} latent frames'))
+
+    # --- loop
+    for name in tqdm(missing[process.rank::process.world], desc='videos', unit='', disable=process.rank > 0):
+        generator = seeded(videos[name]['seed'], device)
+        noise = gaussian((1, *shape), generator, device)
+        latents = clean_latents(model, args, chunks, text([videos[name]['prompt']]), negative, noise, generator)
+        write_video(out / 'videos' / name, vae, latents)
+    process.barrier()
+    process.print(f'{out / "videos"}: {len(videos)} videos')
+
+
+# ----------------------------------------------------------------------------------------------------------
+# score
+
+def read_video(path):
+    """(T, 3, H, W) uint8."""
+    try:
+        frames = np.stack([frame[..., :3] for frame in imageio.v3.imiter(path)])
+        if frames.ndim != 4 or len(frames) < 2:
+            raise ValueError('fewer than two frames')
+    except Exception as error:
+        raise InputError(f'{path} cannot be read as a video of at least two frames: make it again') from error
+    return torch.from_numpy(frames).permute(0, 3, 1, 2)
+
+
+def videos_to_score(args, entries, dimensions):
+    """[(dimension, path, entry)]: samples 0, 1, ... of each prompt, all of which must be there."""
+    folder = Path(args.videos or Path(args.out) / 'videos')
+    jobs = []
+    for dimension in dimensions:
+        filtered = args.filtered if dimension == 'temporal_flickering' else None
+        mine = [(dimension, Path(filtered or folder) / f'{entry["prompt_en"]}-{i}.mp4', entry)
+                for entry in entries if dimension in entry['dimension'] for i in range(args.samples)]
+        found = [job for job in mine if job[1].is_file()]
+        missing = [job[1] for job in mine if not job[1].is_file()]
+        if missing and not (filtered and found):  # the filter may keep fewer than 5 of a prompt
+            raise InputError(f'{len(missing)} of the {len(mine)} videos for {dimension} are missing, the first of them '
+                             f'{missing[0]}: make them with eval_vbench.py sample, or lower --samples')
+        jobs += found
+    return jobs
+
+
+def write_results(out, dimension, total, videos):
+    """One dimension in VBench's format."""
+    replace_file(Path(out) / 'results' / f'{dimension}_eval_results.json',
+                 lambda temporary: temporary.write_text(json.dumps({dimension: [total, videos]}, indent=1)))
+
+
+@torch.no_grad()
+def score(args, process, entries, dimensions):
+    # --- setup
+    here = [name for name in dimensions if name in NATIVE or name in TINY]
+    jobs = videos_to_score(args, entries, here)
+    if 'temporal_flickering' in here and not args.filtered:
+        process.print('temporal_flickering: all videos count; VBench\'s protocol counts the static ones alone, see '
+                      '--filtered')
+
+    # --- models
+    tiny = any(name in TINY for name in here)
+    scorers = {**(tiny_scorers(here, args) if tiny else {}), **native_scorers(here, args, process.device)}
+
+    # --- loop: each video is read once
+    of_video = {}
+    for i, (_, path, _) in enumerate(jobs):
+        of_video.setdefault(path, []).append(i)
+    sums = torch.zeros(len(jobs), 2, dtype=torch.float64, device=process.device)  # of its scores; how many
+    for path in tqdm(list(of_video)[process.rank::process.world], desc='videos', unit='', disable=process.rank > 0):
+        frames = read_video(path)
+        for i in of_video[path]:
+            values = scorers[jobs[i][0]](frames, jobs[i][2]).double()
+            sums[i, 0], sums[i, 1] = values.sum(), len(values)
+    sums = process.gather(sums).sum(0)  # every row has been filled by one process
+
+    # --- results
+    for dimension in here:
+        mine = [i for i, job in enumerate(jobs) if job[0] == dimension]
+        each = sums[mine, 0] / sums[mine, 1]
+        total = sums[mine, 0].sum() / sums[mine, 1].sum() if dimension in OVER_FRAMES else each.mean()
+        if process.rank == 0:
+            write_results(args.out, dimension, total.item(), [
+                {'video_path': str(jobs[i][1]), 'video_results': value} for i, value in zip(mine, each.tolist())])
+        process.print(f'{dimension:<24}{total.item():.4f}  {len(mine)} videos')
+
+
+def score_with_vbench(args, dimensions):
+    """The other dimensions, each by a run of VBench in its own environment."""
+    for dimension in dimensions:
+        with tempfile.TemporaryDirectory() as folder:
+            done = subprocess.run([
+                args.vbench_python, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node',
+                str(args.vbench_gpus), '-m', 'vbench.launch.evaluate', '--videos_path', args.videos or
+                str(Path(args.out) / 'videos'), '--dimension', dimension, '--full_json_dir', str(args.full_info),
+                '--output_path', folder])
+            files = list(Path(folder).glob('*_eval_results.json'))
+            if done.returncode or len(files) != 1:
+                raise InputError(f'VBench failed on {dimension} (exit code {done.returncode}): its messages are above')
+            total = read_results(files)[dimension]
+            write_results(args.out, dimension, total, read_json(files[0])[dimension][1])
+            print(f'{dimension:<24}{total:.4f}  by VBench', flush=True)
+
+
+def check_scoring(args):
+    """(entries, dimensions to score, those of them for VBench); whatever is not there is said before any work."""
+    left = Path(args.out) / 'full_info.json'
+    args.full_info = args.full_info or (left if left.is_file() else installed_list())
+    entries = read_suite(args.full_info)
+    dimensions = chosen(args, entries)
+    others = [name for name in dimensions if name not in NATIVE and name not in TINY]
+    if others and args.dimensions and not args.vbench_python:
+        raise InputError(f'{others[0]} is scored by VBench itself: {ENVIRONMENT}')
+    if 'aesthetic_quality' in dimensions and not args.aesthetic_head:
+        raise InputError('aesthetic_quality needs --aesthetic-head sa_0_4_vit_l_14_linear.pth, from '
+                         'github.com/LAION-AI/aesthetic-predictor; or choose others with --dimensions')
+    if others and args.vbench_python:
+        code = 'import importlib.util, sys; sys.exit(importlib.util.find_spec("vbench") is None)'
+        try:
+            found = subprocess.run([args.vbench_python, '-c', code], capture_output=True).returncode == 0
+        except OSError:
+            found = False
+        if not found:
+            raise InputError(f'--vbench-python {args.vbench_python} is no Python that has VBench: {ENVIRONMENT}')
+        videos_to_score(args, entries, others)
+    return entries, dimensions, others
+
+
+# ----------------------------------------------------------------------------------------------------------
+# table
+
+def read_results(paths):
+    """Result files and folders of them, VBench's or ours -> {dimension: score}."""
+    files = [file for path in map(Path, paths) for file in
+             (sorted(path.glob('*_eval_results.json')) if path.is_dir() else [path])]
+    if not files:
+        raise InputError(f'no *_eval_results.json in {", ".join(map(str, paths))}: make them with eval_vbench.py score')
+    scores, source = {}, {}
+    for file in files:
+        content = read_json(file)
+        if not isinstance(content, dict) or not content:
+            raise InputError(f'{file} is no result file: expected {{dimension: [score, [videos]]}}')
+        for key, value in content.items():
+            name, value = key.replace(' ', '_'), value[0] if isinstance(value, list) and value else value
+            if name not in VBENCH and name not in TINY:
+                raise InputError(f'{file} has the unknown dimension {key!r}')
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1 <= value <= 1:
+                raise InputError(f'{file}: the score of {name} is {str(value)[:40]}, not a number up to 1')
+            if scores.get(name, value) != value:
+                raise InputError(f'{name} is {scores[name]} in {source[name]} and {value} in {file}: give one of them')
+            scores[name], source[name] = float(value), file
+    if set(scores) & set(TINY) and set(scores) & set(VBENCH):
+        raise InputError('results of the tiny world and of VBench have no common total: give one kind')
+    return scores
+
+
+def percent(value):
+    return '-' if value is None else f'{100 * value:.2f}'
+
+
+def lay_out(rows, markdown):
+    """Rows of cells, the first the header -> aligned text, or Markdown."""
+    if markdown:
+        rows = [rows[0], ['---'] + ['---:'] * (len(rows[0]) - 1), *rows[1:]]
+        return '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return '\n'.join('  '.join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
+                     for row in rows)
+
+
+def table(args):
+    if args.percentages and args.results:
+        raise InputError('give result files or --percentages, not both')
+    if args.percentages:
+        scores = {name: p / 100 for name, p in zip(VBENCH, args.percentages)}
+        if not all(0 <= p <= 1 for p in scores.values()) or max(args.percentages) <= 1:
+            raise InputError('--percentages are 16 numbers from 0 to 100, such as 96.15, as the papers print them')
+    else:
+        scores = read_results(args.results or ['runs/vbench/results'])
+    groups, tiny = ('quality', 'semantic', 'total'), bool(set(scores) & set(TINY))
+    papers = {} if tiny else {name: dict(zip(VBENCH, (p / 100 for p in row))) for name, row in TABLE_3.items()}
+    sums, theirs = aggregate(scores), {name: aggregate(row) for name, row in papers.items()}
+    if args.format == 'json':
+        result = {'name': args.name, 'scores': scores, **sums}
+        if not tiny:
+            result['papers'] = {'Reward-Forcing table 1': TABLE_1, 'RAVEN': RAVEN, 'Reward-Forcing table 3': {
+                name: {'scores': papers[name], **theirs[name]} for name in papers}, 'note': TABLE_3_NOTE}
+        print(json.dumps(result, indent=1))
+        return
+    rows = [['dimension', args.name, *(f'{name} (table 3)' for name in papers)]]
+    rows += [[name, percent(scores.get(name)), *(percent(row[name]) for row in papers.values())]
+             for name in (TINY if tiny else VBENCH)]
+    for i, group in enumerate(groups):
+        rows.append([f'{group}, of these', percent(sums[group]), *(percent(row[group]) for row in theirs.values())])
+        if not tiny:
+            rows.append([f'{group}, in table 1', '', *(f'{TABLE_1[name][(1, 2, 0)[i]]:.2f}' for name in papers)])
+    parts = [lay_out(rows, args.format == 'markdown')]
+    if not tiny:
+        rows = [['method', 'total', 'quality', 'semantic', 'from']]
+        rows.append([args.name, *(percent(sums[group]) for group in ('total', 'quality', 'semantic')), 'above'])
+        rows += [[name, *(f'{x:.2f}' for x in row), source] for source, paper in
+                 (('Reward-Forcing', TABLE_1), ('RAVEN', RAVEN)) for name, row in paper.items()]
+        parts += [TABLE_3_NOTE, lay_out(rows, args.format == 'markdown')]
+    if sums['missing']:
+        parts.append(f'missing, and not counted as 0: {", ".join(sums["missing"])}')
+    print('\n\n'.join(parts))
+
+
+def main():
+    args = parse_args()
+    if args.verb == 'table':
+        return table(args)
+    work = check_scoring(args) if args.verb == 'score' else None
+    with processes(args.device) as process:
+        if args.verb == 'sample':
+            sample(args, process)
+        else:
+            score(args, process, *work[:2])
+    if args.verb == 'score' and work[2] and process.rank == 0:  # VBench starts its own processes
+        if args.vbench_python:
+            score_with_vbench(args, work[2])
+        else:
+            print(f'not scored: {", ".join(work[2])}; VBench itself does: {ENVIRONMENT}')
+
+
+if __name__ == '__main__':
+    run_script(main)
