@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # Idle threads must not spin: several processes share few cores here.
@@ -63,6 +64,12 @@ def run(*args, env=None, cwd=ROOT, timeout=600):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})}
     return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, env=environment, cwd=cwd,
                           timeout=timeout)
+
+
+def run_together(*commands):
+    """Run several at the same time; returns them as `run` does."""
+    with ThreadPoolExecutor() as side_by_side:
+        return list(side_by_side.map(lambda command: run(*command), commands))
 
 
 def run_each(commands):

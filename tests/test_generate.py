@@ -2,7 +2,7 @@
 import imageio
 import numpy as np
 import pytest
-from conftest import ROOT, random_dit, run, run_each, torchrun
+from conftest import ROOT, random_dit, run, run_each, run_together, torchrun
 
 import wan_causal as wc
 
@@ -50,12 +50,11 @@ def test_causal_streaming_and_its_flags(tmp_path, causal):
 
 
 def test_the_seed_decides(tmp_path, causal):
-    videos = []
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        done = run("generate.py", PROMPT, "--checkpoint", causal, "--frames", 9, "--seed", seed,
-                   "--out", tmp_path / f"{name}.mp4")
+    seeds = {"a": 1, "b": 1, "c": 2}
+    for done in run_together(*(["generate.py", PROMPT, "--checkpoint", causal, "--frames", 9, "--seed", seed,
+                                "--out", tmp_path / f"{name}.mp4"] for name, seed in seeds.items())):
         assert done.returncode == 0, done.stderr
-        videos.append(read(tmp_path / f"{name}.mp4"))
+    videos = [read(tmp_path / f"{name}.mp4") for name in seeds]
     assert (videos[0] == videos[1]).all() and (videos[0] != videos[2]).any()
 
 
@@ -81,8 +80,9 @@ def test_goes_on_from_a_video_and_from_an_image(tmp_path, causal):
 
 def test_overlapping_rollouts_of_any_length(tmp_path, causal):
     """57-frame segments that give up 9 frames each: 48 of the first, and the last one's 45 make 93."""
-    for name, flags in (("long", ["--frames", 93, "--overlap", 3]), ("plain", ["--frames", 57])):
-        done = run("generate.py", PROMPT, "--checkpoint", causal, *flags, "--out", tmp_path / f"{name}.mp4")
+    flags = {"long": ["--frames", 93, "--overlap", 3], "plain": ["--frames", 57]}
+    for done in run_together(*(["generate.py", PROMPT, "--checkpoint", causal, *flags[name],
+                                "--out", tmp_path / f"{name}.mp4"] for name in flags)):
         assert done.returncode == 0, done.stderr
     long, plain = (read(tmp_path / f"{name}.mp4").astype(float) for name in ("long", "plain"))
     assert long.shape == (93, 64, 64, 3)
