@@ -28,22 +28,20 @@ paper's judges (Qwen2-VL, RAFT, AMT) need other packages; bring them with module
 import argparse
 import contextlib
 import copy
-import importlib
 import json
 import math
 import random
-import sys
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from wan_causal import (CLIP_MEAN, CLIP_STD, EMA, InputError, Run, chunk_sizes, chunk_weights, consistency_kernel,
-                        find_file, find_folder, fold_lora, format_steps, gaussian, interleaved_x0, latent_shape,
-                        load_checkpoint, load_dit, load_image_reward, load_text_encoder, load_vae, parse_stage,
-                        processes, read_prompts, read_weights, recorded_rollout, require, run_script,
-                        sample_generators, sample_numbers, save_checkpoint, saved_steps, shuffled, trainable,
-                        training_flags, warped_steps)
+from wan_causal import (CLIP_MEAN, CLIP_STD, EMA, InputError, Run, chunk_sizes, chunk_weights, compute_dtype,
+                        consistency_kernel, find_file, find_folder, fold_lora, format_steps, gaussian, interleaved_x0,
+                        latent_shape, load_checkpoint, load_dit, load_function, load_image_reward, load_text_encoder,
+                        load_vae, parse_stage, processes, read_prompts, read_weights, recorded_rollout, require,
+                        run_script, sample_generators, sample_numbers, save_checkpoint, saved_steps, shuffled,
+                        trainable, training_flags, warped_steps)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -187,13 +185,8 @@ def load_rewards(args, device):
             clip = clip or Clip(args.clip_model, args.aesthetic_head, device)
             rewards.append((name, {'clip': clip.similarity, 'aesthetic': clip.aesthetic}[name]))
         else:
-            module, _, function = name.partition(':')
-            sys.path.insert(0, '')  # a module in the current folder
-            try:
-                rewards.append((function, getattr(importlib.import_module(module), function)))
-            except (ImportError, AttributeError, ValueError) as error:
-                raise InputError(f'--rewards {name} cannot be loaded ({error}): give imagereward, motion, smoothness, '
-                                 'clip, aesthetic or module:function') from error
+            rewards.append((name.partition(':')[2], load_function(
+                name, '--rewards', 'imagereward, motion, smoothness, clip, aesthetic')))
     return rewards, torch.tensor(weights)
 
 
@@ -307,7 +300,7 @@ def main():
 def train(args, process):
     # --- setup
     device, total = process.device, args.prompts_per_step * args.group
-    dtype = getattr(torch, args.dtype or ('bfloat16' if device.type == 'cuda' else 'float32'))
+    dtype = compute_dtype(args, device)
     if total % (args.batch * process.world):
         raise InputError(f'{args.prompts_per_step} prompts x {args.group} rollouts do not divide into --batch '
                          f'{args.batch} on {process.world} processes')

@@ -41,11 +41,12 @@ import sys
 import torch
 
 from wan_causal import (EMA, NEGATIVE_PROMPT, InputError, Run, Trajectories, add_noise, block_causal, chunk_sizes,
-                        chunk_weights, find_folder, format_steps, frame_reward, gaussian, guided_velocity,
-                        interleaved_x0, latent_shape, load_checkpoint, load_dit, load_image_reward, load_text_encoder,
-                        load_vae, parse_stage, processes, read_prompts, recorded_rollout, require, reward_gradient,
-                        rollout, run_script, sample_generators, sample_numbers, saved_steps, shift_sigma, shuffled,
-                        trainable, training_flags, warped_steps, x0_from_v)
+                        chunk_weights, compute_dtype, find_folder, format_steps, frame_reward, gaussian,
+                        guided_velocity, interleaved_x0, latent_frames, latent_motion, latent_shape, load_checkpoint,
+                        load_dit, load_image_reward, load_text_encoder, load_vae, parse_stage, processes,
+                        read_prompts, recorded_rollout, require, reward_gradient, rollout, run_script,
+                        sample_generators, sample_numbers, saved_steps, shift_sigma, shuffled, trainable,
+                        training_flags, warped_steps, x0_from_v)
 
 # The settings of the papers, as far as they differ: the flags' defaults for each history.
 # Guidance in the usual formula: CausVid's 3.5 and Self Forcing's 3.0 multiply (cond - uncond) on top of cond.
@@ -235,7 +236,7 @@ def main():
 def train(args, process):
     # --- setup
     device, causal = process.device, args.student == 'causal'
-    dtype = getattr(torch, args.dtype or ('bfloat16' if device.type == 'cuda' else 'float32'))
+    dtype = compute_dtype(args, device)
     prompts, held_out = read_prompts(args)
 
     # --- models
@@ -253,7 +254,7 @@ def train(args, process):
     C, F, H, W = shape = latent_shape(args, net.config)
     steps = saved_steps(metadata) or warped_steps(shift=args.shift)
     chunk = (args.chunk or int(metadata.get('chunk', 3))) if causal else F
-    rolled = 1 + (args.rollout_frames - 1) // 4 if args.rollout_frames else F  # latent frames that are rolled out
+    rolled = latent_frames(args.rollout_frames or args.frames)
     chunks = chunk_sizes(rolled, chunk)
     weights = chunk_weights(chunk_sizes(F, chunk), args.chunk_weight_shift).to(device)
     data = Trajectories(args.data) if args.history in ('diffusion-forcing', 'teacher-forcing') else None
@@ -322,8 +323,7 @@ def train(args, process):
                     score, gradient = reward_gradient(reward, vae, x0.detach(), b.prompts, [args.frames - 1])
                     direction = with_reward(direction, gradient, args.reward_weight)
                 (dmd_loss(x0, direction, weights) / args.accum).backward()
-            moving = x0.detach().diff(dim=2).abs().mean() if F > 1 else torch.zeros(())
-            sums += torch.tensor([direction.abs().mean(), moving, score.mean()]) / args.accum
+            sums += torch.tensor([direction.abs().mean(), latent_motion(x0.detach()), score.mean()]) / args.accum
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip)
         metrics = run.check(critic_loss=critic_loss, dmd=sums[0], grad_norm=norm, critic_norm=critic_norm,
                             motion=sums[1], **({'reward': sums[2]} if reward else {}))

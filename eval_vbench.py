@@ -38,10 +38,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from wan_causal import (MAX_POSITION, NEGATIVE_PROMPT, InputError, chunk_sizes, find_file, find_folder, format_steps,
-                        gaussian, latent_shape, load_checkpoint, load_dit, load_text_encoder, load_vae, model_defaults,
-                        ode_trajectory, parse_stage, processes, read_json, read_weights, replace_file, require, rollout,
-                        run_script, saved_steps, seeded, sigma_schedule, warped_steps)
+from wan_causal import (CLIP_MEAN, CLIP_STD, MAX_POSITION, NEGATIVE_PROMPT, InputError, chunk_sizes, compute_dtype,
+                        find_file, find_folder, format_steps, gaussian, latent_frames, latent_shape, load_checkpoint,
+                        load_dit, load_text_encoder, load_vae, model_defaults, ode_trajectory, parse_stage, processes,
+                        read_json, read_weights, replace_file, require, rollout, run_script, saved_steps, seeded,
+                        sigma_schedule, warped_steps)
 
 # ----------------------------------------------------------------------------------------------------------
 # Constants: VBench's scripts/constant.py, and the papers' tables
@@ -168,7 +169,7 @@ def chosen(args, entries):
 # Scores of one video: functions (frames (T, 3, H, W) uint8, entry) -> a score for each frame or pair of frames
 
 IMAGENET = (.485, .456, .406), (.229, .224, .225)
-CLIP = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
+CLIP = CLIP_MEAN, CLIP_STD
 
 
 def new_shape(frames, size):
@@ -380,7 +381,7 @@ def parse_args(argv=None):
     if verb == 'sample':
         args.weights = args.weights or (None if args.bidirectional else model_defaults(args.model).get('checkpoint'))
         args.bidirectional = args.bidirectional or args.weights is None
-        if 1 + (args.frames - 1) // 4 > MAX_POSITION:
+        if latent_frames(args.frames) > MAX_POSITION:
             raise InputError(f'--frames {args.frames} is past the RoPE table of {MAX_POSITION} latent frames')
         if args.shift <= 0 or args.sink < 0 or (args.sink and args.window is None):
             raise InputError('--shift must be positive, and --sink not negative and with a --window')
@@ -463,7 +464,7 @@ def record(out, entries, settings, videos, process):
 def sample(args, process):
     # --- setup
     device, out = process.device, Path(args.out)
-    dtype = getattr(torch, args.dtype or ('bfloat16' if device.type == 'cuda' else 'float32'))
+    dtype = compute_dtype(args, device)
     entries, texts = sampling_suite(args)
     names = video_names(entries, chosen(args, entries), args.samples)
     videos = {name: {'prompt': texts[n], 'seed': 1_000_000 * args.seed + 1000 * n + i}

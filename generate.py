@@ -22,9 +22,9 @@ import torch
 from tqdm import tqdm
 
 from wan_causal import (MAX_POSITION, NEGATIVE_PROMPT, ChannelNorm, InputError, chunk_sizes, find_folder,
-                        format_steps, gaussian, load_checkpoint, load_dit, load_text_encoder, load_vae, model_defaults,
-                        ode_trajectory, processes, require, rollout, run_script, saved_steps, seeded, sigma_schedule,
-                        warped_steps)
+                        format_steps, gaussian, latent_frames, load_checkpoint, load_dit, load_text_encoder, load_vae,
+                        model_defaults, ode_trajectory, processes, require, rollout, run_script, saved_steps, seeded,
+                        sigma_schedule, warped_steps)
 
 # Wan 2.1's own settings; a model folder may hold a defaults.json with others.
 DEFAULTS = dict(height=480, width=832, frames=81, fps=16, shift=5.0, guidance=5.0, negative=NEGATIVE_PROMPT,
@@ -154,11 +154,6 @@ def read_frames(file, height, width):
         frames = torch.nn.functional.interpolate(frames, size, mode='bicubic', antialias=True).clamp(-1, 1)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     return frames[:, :, top:top + height, left:left + width].transpose(0, 1).unsqueeze(0)
-
-
-def latent_frames(frames):
-    """Latent frames of a video of 1 + 4k frames."""
-    return 1 + (frames - 1) // 4
 
 
 class Clock:

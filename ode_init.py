@@ -30,11 +30,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from wan_causal import (EMA, NEGATIVE_PROMPT, InputError, Run, Trajectories, block_causal, chunk_sizes, find_folder,
-                        format_steps, gaussian, latent_shape, load_checkpoint, load_dit, load_text_encoder, load_vae,
-                        ode_trajectory, parse_stage, processes, read_prompts, replace_file, require, run_script,
-                        sample_generators, sample_numbers, shift_sigma, shuffled, trainable, training_flags,
-                        warped_steps, x0_from_v)
+from wan_causal import (EMA, NEGATIVE_PROMPT, InputError, Run, Trajectories, block_causal, chunk_sizes, compute_dtype,
+                        find_folder, format_steps, gaussian, latent_shape, load_checkpoint, load_dit,
+                        load_text_encoder, load_vae, ode_trajectory, parse_stage, processes, read_prompts,
+                        replace_file, require, run_script, sample_generators, sample_numbers, shift_sigma, shuffled,
+                        trainable, training_flags, warped_steps, x0_from_v)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def sample(args, process):
     """Solve --count trajectories; shards that exist already are kept."""
     # --- setup
     device, out = process.device, Path(args.out)
-    dtype = getattr(torch, args.dtype or ('bfloat16' if device.type == 'cuda' else 'float32'))
+    dtype = compute_dtype(args, device)
     timesteps = warped_steps(shift=args.shift)
     sigmas, kept = solver_grid(timesteps, args.shift, args.steps)
     prompts, _ = read_prompts(args)
@@ -187,7 +187,7 @@ def train(args, process):
     """Regress the trajectories' clean endpoint with a block-causal student."""
     # --- setup
     device = process.device
-    dtype = getattr(torch, args.dtype or ('bfloat16' if device.type == 'cuda' else 'float32'))
+    dtype = compute_dtype(args, device)
     data = Trajectories(args.data)
     timesteps, shift = data.settings['timesteps'], data.settings['shift']
     args.frames, args.height, args.width = (data.settings[key] for key in ('frames', 'height', 'width'))

@@ -23,33 +23,25 @@ Differs from the paper: nothing known; where it is silent: exit step drawn at ra
 A reward of your own, any callable (video (B, 3, T, H, W) in [-1, 1], prompts) -> (B,): --reward my_module:my_function
 """
 import argparse
-import importlib
 import random
-import sys
 
 import torch
 
-from wan_causal import (EMA, InputError, Run, chunk_sizes, find_folder, format_steps, frame_reward, gaussian,
-                        latent_frame, latent_shape, load_checkpoint, load_dit, load_image_reward, load_text_encoder,
-                        load_vae, parse_stage, processes, read_prompts, require, reward_gradient, rollout,
-                        run_script, sample_generators, sample_numbers, saved_steps, shuffled, trainable,
-                        training_flags, warped_steps)
+from wan_causal import (EMA, InputError, Run, chunk_sizes, compute_dtype, find_folder, format_steps, frame_reward,
+                        gaussian, latent_frame, latent_motion, latent_shape, load_checkpoint, load_dit, load_function,
+                        load_image_reward, load_text_encoder, load_vae, parse_stage, processes, read_prompts, require,
+                        reward_gradient, rollout, run_script, sample_generators, sample_numbers, saved_steps,
+                        shuffled, trainable, training_flags, warped_steps)
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Rewards
 
-def load_reward(args, folder, device):
+def load_reward(args, device):
     """The reward that --reward names: 'imagereward', or `module:function` of the user's own."""
     if args.reward == 'imagereward':
         return frame_reward(load_image_reward(args.reward_model, device))
-    module, _, function = args.reward.partition(':')
-    sys.path.insert(0, '')  # a module in the current folder
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f'--reward {args.reward} cannot be loaded ({error}): give imagereward, or module:function of '
-                         'a callable (video (B, 3, T, H, W), prompts) -> (B,)') from error
+    return load_function(args.reward, '--reward', 'imagereward')
 
 
 def rewarded_frames(mode, frames, random):
@@ -60,11 +52,6 @@ def rewarded_frames(mode, frames, random):
 def chunk_of(chunks, frame):
     """Index of the chunk that holds a latent frame."""
     return next(i for i in range(len(chunks)) if frame < sum(chunks[:i + 1]))
-
-
-def latent_motion(x0):
-    """Mean absolute difference of neighbouring latent frames, x0 (B, C, F, H, W): falls when videos become static."""
-    return x0.diff(dim=2).abs().mean() if x0.shape[2] > 1 else x0.new_zeros(())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -101,13 +88,13 @@ def main():
 def train(args, process):
     # --- setup
     device = process.device
-    dtype = getattr(torch, args.dtype or ('bfloat16' if device.type == 'cuda' else 'float32'))
+    dtype = compute_dtype(args, device)
     prompts, held_out = read_prompts(args)
 
     # --- models
     folder = find_folder(args.model)
     text, vae = load_text_encoder(folder, dtype, device), load_vae(folder, dtype, device)
-    reward = load_reward(args, folder, device)
+    reward = load_reward(args, device)
     net = trainable(load_dit(folder), args, device, dtype)
     metadata = load_checkpoint(net, args.init)
     require(metadata, args.init, kind='causal')

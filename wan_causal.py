@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import functools
 import html
+import importlib
 import json
 import math
 import os
@@ -1158,6 +1159,18 @@ class ImageReward(nn.Module):
         return key
 
 
+def load_function(name, flag, known):
+    """The callable that `module:function` names; the module may lie in the current folder. flag and known: what the
+    user wrote it after, and what else could stand there."""
+    module, _, function = name.partition(':')
+    sys.path.insert(0, '')
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f'{flag} {name} cannot be loaded ({error}): give {known}, or module:function of a callable '
+                         '(video (B, 3, T, H, W), prompts) -> (B,)') from error
+
+
 def frame_reward(model):
     """An ImageReward model -> a reward of videos: the mean score of the frames."""
     def reward(video, prompts):
@@ -1167,6 +1180,11 @@ def frame_reward(model):
         # one frame's activations at a time; the rest is recomputed in the backward pass
         return torch.stack([checkpoint(model.score, f, prompts, use_reentrant=False) for f in frames]).mean(0)
     return reward
+
+
+def latent_frames(frames):
+    """Latent frames of a video of 1 + 4k frames."""
+    return 1 + (frames - 1) // 4
 
 
 def latent_frame(frame):
@@ -1758,9 +1776,19 @@ def parse_stage(p, stage, argv=None):
     return args
 
 
+def compute_dtype(args, device):
+    """What --dtype says, by default bfloat16 on CUDA and float32 elsewhere."""
+    return getattr(torch, args.dtype or ('bfloat16' if device.type == 'cuda' else 'float32'))
+
+
 def latent_shape(args, config):
     """(C, F, H/8, W/8) of the videos that the flags ask for."""
-    return config.in_dim, 1 + (args.frames - 1) // 4, args.height // 8, args.width // 8
+    return config.in_dim, latent_frames(args.frames), args.height // 8, args.width // 8
+
+
+def latent_motion(x0):
+    """Mean absolute difference of neighbouring latent frames, x0 (B, C, F, H, W): falls when videos become static."""
+    return x0.diff(dim=2).abs().mean() if x0.shape[2] > 1 else x0.new_zeros(())
 
 
 def read_prompts(args):

@@ -810,34 +810,35 @@ def reconstruct(vae, captions, seed=7):
     return {"psnr": psnr, **scorecard(out, captions)}
 
 
-def sample_teacher(model, vae, text, captions, steps=50, guidance=None, seed=0, batch=20, frames=15):
-    """Bidirectional samples of the captions, (N, 3, T, 64, 64); sample i's noise has seed + i."""
-    guidance = DEFAULTS["guidance"] if guidance is None else guidance
+def sample_clips(captions, vae, solve, seed, batch=20, frames=15):
+    """Videos (N, 3, T, 64, 64) of the captions; sample i's noise has seed + i. solve(noise, captions, generators) ->
+    clean latents (B, 16, F, 8, 8)."""
     videos = []
     for i in tqdm(range(0, len(captions), batch), desc="samples", mininterval=10):
         some = captions[i:i + batch]
         generators = [torch.Generator().manual_seed(seed + i + j) for j in range(len(some))]
-        noise = gaussian((len(some), 16, frames, 8, 8), generators, "cpu")
         with torch.no_grad():
-            *_, x = ode_trajectory(model, noise, text(some), text([""] * len(some)),
-                                   sigma_schedule(steps, DEFAULTS["shift"]), guidance)
+            x = solve(gaussian((len(some), 16, frames, 8, 8), generators, "cpu"), some, generators)
             videos.append(torch.cat([vae.decode(x[j:j + 4]) for j in range(0, len(x), 4)]))
     return torch.cat(videos)
 
 
-def sample_student(model, metadata, vae, text, captions, seed=0, batch=20, frames=15):
+def sample_teacher(model, vae, text, captions, steps=50, seed=0):
+    """Bidirectional samples of the captions: the ODE, with guidance."""
+    def solve(noise, some, generators):
+        *_, x = ode_trajectory(model, noise, text(some), text([""] * len(some)),
+                               sigma_schedule(steps, DEFAULTS["shift"]), DEFAULTS["guidance"])
+        return x
+    return sample_clips(captions, vae, solve, seed)
+
+
+def sample_student(model, metadata, vae, text, captions, seed=0):
     """Few-step samples of the captions as a checkpoint's metadata asks for them: whole, or chunk by chunk."""
-    steps, chunk = saved_steps(metadata), int(metadata.get("chunk", frames))
-    videos = []
-    for i in tqdm(range(0, len(captions), batch), desc="samples", mininterval=10):
-        some = captions[i:i + batch]
-        generators = [torch.Generator().manual_seed(seed + i + j) for j in range(len(some))]
-        noise = gaussian((len(some), 16, frames, 8, 8), generators, "cpu")
-        with torch.no_grad():
-            x = torch.cat([part.x0 for part in rollout(model, noise, text(some), steps, chunk_sizes(frames, chunk),
-                                                       generator=generators)], dim=2)
-            videos.append(torch.cat([vae.decode(x[j:j + 4]) for j in range(0, len(x), 4)]))
-    return torch.cat(videos)
+    def solve(noise, some, generators):
+        chunks = chunk_sizes(noise.shape[2], int(metadata.get("chunk", noise.shape[2])))
+        parts = rollout(model, noise, text(some), saved_steps(metadata), chunks, generator=generators)
+        return torch.cat([part.x0 for part in parts], dim=2)
+    return sample_clips(captions, vae, solve, seed)
 
 
 def mean_reward(reward, video, captions):
