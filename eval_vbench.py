@@ -3,9 +3,9 @@
 VBench (arXiv 2311.17982), as Reward-Forcing 4.1 and RAVEN use it: 946 prompts, 5 videos of each (25 of the 75 prompts
 for temporal flickering), 16 scores in [0, 1].
 
-sample  every prompt's videos -> OUT/videos/{prompt}-{i}.mp4, named by the original prompt whatever text the generator
-        was given; text and seed of each in OUT/samples.json, the list of prompts in OUT/full_info.json. Goes on with
-        what is there.
+sample  every prompt's videos by generate.py, whose flags it takes, -> OUT/videos/{prompt}-{i}.mp4, named by the
+        original prompt whatever text the generator was given; text and seed of each in OUT/samples.json, the list of
+        prompts in OUT/full_info.json. Goes on with what is there.
 score   videos -> OUT/results/{dimension}_eval_results.json, VBench's own format. Five dimensions here; the others by
         VBench itself, whose packages fit no environment of ours, from another one: --vbench-python.
 table   n_d = (x_d - min_d) / (max_d - min_d);  Quality, Semantic = weighted means of n_d;  Total = (4 Q + S) / 5,
@@ -27,6 +27,7 @@ import argparse
 import functools
 import importlib.util
 import json
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -38,11 +39,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from wan_causal import (CLIP_MEAN, CLIP_STD, MAX_POSITION, NEGATIVE_PROMPT, InputError, chunk_sizes, compute_dtype,
-                        find_file, find_folder, format_steps, gaussian, latent_frames, latent_shape, load_checkpoint,
-                        load_dit, load_text_encoder, load_vae, model_defaults, ode_trajectory, parse_stage, processes,
-                        read_json, read_weights, replace_file, require, rollout, run_script, saved_steps, seeded,
-                        sigma_schedule, warped_steps)
+from wan_causal import (CLIP_MEAN, CLIP_STD, InputError, find_file, model_defaults, processes, read_json,
+                        read_weights, replace_file, run_script)
 
 # ----------------------------------------------------------------------------------------------------------
 # Constants: VBench's scripts/constant.py, and the papers' tables
@@ -311,7 +309,7 @@ def tiny_scorers(dimensions, args):
 # ----------------------------------------------------------------------------------------------------------
 
 def sample_flags(p):
-    g = p.add_argument_group('suite')
+    g = p.add_argument_group('sample')
     g.add_argument('--full-info', metavar='FILE', help='VBench_full_info.json (default: the tiny model\'s captions, '
                                                        'else the installed vbench package\'s)')
     g.add_argument('--held-out', metavar='FILE', help='captions of the tiny world (default: the tiny model\'s)')
@@ -320,25 +318,8 @@ def sample_flags(p):
     g.add_argument('--samples', type=int, default=5, help='videos per prompt, and 5 times as many for flickering')
     g.add_argument('--seed', type=int, default=0, help='sample i of entry n has the seed 10^6 seed + 1000 n + i')
     g.add_argument('--out', default='runs/vbench', help='the folder of videos and results')
-    g = p.add_argument_group('generator, as in generate.py')
     g.add_argument('--model', default='tests/tiny', help='the Wan model: a folder or hub repository')
-    g.add_argument('--checkpoint', dest='weights', metavar='FILE', help='generator weights: a file, or repository:path '
-                   'on the hub (default: those that the model folder names, else the teacher is sampled)')
-    g.add_argument('--no-ema', action='store_true', help='take the weights that are not averaged, if there are both')
-    g.add_argument('--bidirectional', action='store_true', help='all frames at once: the teacher, or a student')
-    g.add_argument('--frames', type=int, default=81, help='video frames, 1 + 4k')
-    g.add_argument('--height', type=int, default=480, help='pixels, a multiple of 16')
-    g.add_argument('--width', type=int, default=832, help='pixels, a multiple of 16')
-    g.add_argument('--timesteps', type=float, nargs='+', metavar='T', help='few-step ones (default: the checkpoint\'s)')
-    g.add_argument('--chunk', type=int, help='latent frames per chunk (default: the checkpoint\'s, else 3)')
-    g.add_argument('--window', type=int, help='latent frames a frame may see, its chunk included (default: all)')
-    g.add_argument('--sink', type=int, default=0, help='of these, how many are the video\'s first ones')
-    g.add_argument('--steps', type=int, default=50, help='the teacher\'s UniPC steps')
-    g.add_argument('--shift', type=float, default=5.0, help='the teacher\'s timestep shift')
-    g.add_argument('--guidance', type=float, default=5.0, help='the teacher\'s guidance, 1 is off')
-    g.add_argument('--negative', default=NEGATIVE_PROMPT, help='the teacher\'s negative prompt')
-    g.add_argument('--device', help='cpu or cuda (default: cuda if there is one)')
-    g.add_argument('--dtype', choices=['float32', 'bfloat16'], help='default: bfloat16 on cuda, else float32')
+    p.epilog = 'All other flags are given to generate.py: --checkpoint FILE, --bidirectional, --frames, --window, ...'
 
 
 def score_flags(p):
@@ -372,24 +353,17 @@ def table_flags(p):
 def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     p = argparse.ArgumentParser(description='VBench: sample its suite, score the videos, aggregate the scores.',
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     flags = {'sample': sample_flags, 'score': score_flags, 'table': table_flags}
     p.add_argument('verb', choices=flags, help='what to do; `eval_vbench.py VERB --help` shows its flags')
     verb = argv[0] if argv else None
     flags.get(verb, lambda p: None)(p)
-    args = parse_stage(p, 'eval_vbench sample', argv) if verb == 'sample' else p.parse_args(argv)
     if verb == 'sample':
-        args.weights = args.weights or (None if args.bidirectional else model_defaults(args.model).get('checkpoint'))
-        args.bidirectional = args.bidirectional or args.weights is None
-        if latent_frames(args.frames) > MAX_POSITION:
-            raise InputError(f'--frames {args.frames} is past the RoPE table of {MAX_POSITION} latent frames')
-        if args.shift <= 0 or args.sink < 0 or (args.sink and args.window is None):
-            raise InputError('--shift must be positive, and --sink not negative and with a --window')
-        if args.window and args.bidirectional:
-            raise InputError('--window needs a causal generator: give its weights with --checkpoint')
-        if args.timesteps and (args.timesteps != sorted(set(args.timesteps), reverse=True)
-                               or args.timesteps[0] > 1000 or args.timesteps[-1] <= 0):
-            raise InputError(f'--timesteps {format_steps(args.timesteps)} must fall from at most 1000 to above 0')
+        args, args.generate = p.parse_known_args(argv)
+        args.held_out = args.held_out or model_defaults(args.model).get('held_out')
+        args.generate += ['--model', args.model]
+    else:
+        args = p.parse_args(argv)
     if verb != 'table' and not 1 <= args.samples <= 200:
         raise InputError(f'--samples {args.samples} must be 1 to 200')
     return args
@@ -416,91 +390,32 @@ def sampling_suite(args):
     return entries, texts
 
 
-def clean_latents(model, args, chunks, context, negative, noise, generator):
-    """One video's latents (1, C, f, H/8, W/8), piece by piece; the same as generate.py's at the same seed."""
-    if args.bidirectional and not args.timesteps:
-        for x in ode_trajectory(model, noise, context, negative, sigma_schedule(args.steps, args.shift), args.guidance):
-            pass
-        yield x
-        return
-    for chunk in rollout(model, noise, context, args.timesteps, chunks, window=args.window, sink=args.sink,
-                         generator=generator):
-        yield chunk.x0
-
-
-def write_video(path, vae, latents):
-    """Decode and write piece by piece; the file is there whole or not at all."""
-    def write(temporary):
-        cache = {}
-        with imageio.get_writer(temporary, fps=16, quality=8, macro_block_size=2) as writer:
-            for piece in latents:
-                video = vae.decode(piece, cache)[0]  # (3, T, H, W)
-                for frame in ((video + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy():
-                    writer.append_data(frame)
-    replace_file(path, write)
-
-
-def record(out, entries, settings, videos, process):
-    """samples.json and full_info.json; another run's settings or texts in the same folder are refused."""
-    file = out / 'samples.json'
-    old = read_json(file) if file.exists() else {'settings': settings, 'videos': {}}
-    if not isinstance(old, dict) or not all(isinstance(old.get(key), dict) for key in ('settings', 'videos')):
+def record(out, entries, videos, flags):
+    """samples.json and full_info.json; another run's flags or texts in the same folder are refused."""
+    file, started = out / 'samples.json', any((out / 'videos').glob('[!.]*.mp4'))
+    old = read_json(file) if started and file.exists() else {'generate': flags, 'videos': {}}
+    if not isinstance(old, dict) or not isinstance(old.get('videos'), dict):
         raise InputError(f'{file} is not what eval_vbench.py sample wrote: take another --out')
-    changed = [key for key in settings if old['settings'].get(key) != settings[key]]
-    changed += [name for name in videos if old['videos'].get(name, videos[name]) != videos[name]]
-    if changed:
-        raise InputError(f'{out} holds videos with another {changed[0]}: give the same flags to go on, or another '
-                         '--out')
-    process.barrier()  # nobody writes before everybody has read
-    if process.rank == 0:
-        for path, content in ((file, {'settings': settings, 'videos': {**old['videos'], **videos}}),
-                              (out / 'full_info.json', entries)):
-            replace_file(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1)))
-        for stale in (out / 'videos').glob('.*.mp4'):  # of a killed run
-            stale.unlink()
+    if old.get('generate') != flags or any(old['videos'].get(name, video) != video for name, video in videos.items()):
+        raise InputError(f'{out} holds videos of another seed, other texts or other flags ({old.get("generate")}): give '
+                         'the same to go on, or another --out')
+    for path, content in ((file, {'generate': flags, 'videos': {**old['videos'], **videos}}),
+                          (out / 'full_info.json', entries)):
+        replace_file(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1)))
 
 
-@torch.no_grad()
-def sample(args, process):
-    # --- setup
-    device, out = process.device, Path(args.out)
-    dtype = compute_dtype(args, device)
+def sample(args):
+    """Under torchrun every process writes the same files, whole; generate.py shares out the videos."""
     entries, texts = sampling_suite(args)
-    names = video_names(entries, chosen(args, entries), args.samples)
+    names, out = video_names(entries, chosen(args, entries), args.samples), Path(args.out)
     videos = {name: {'prompt': texts[n], 'seed': 1_000_000 * args.seed + 1000 * n + i}
               for name, (n, i) in names.items()}
-    skip = ('verb', 'full_info', 'held_out', 'extended', 'dimensions', 'samples', 'seed', 'out', 'device')
-    record(out, entries, {key: value for key, value in vars(args).items() if key not in skip}, videos, process)
-    missing = [name for name in videos if not (out / 'videos' / name).exists()]
-    process.print(f'{len(videos)} videos of {len(entries)} prompts; {len(missing)} to be made')
-    process.barrier()
-
-    # --- models
-    folder = find_folder(args.model)
-    model = load_dit(folder, dtype, device).eval()
-    metadata = load_checkpoint(model, args.weights, ema=not args.no_ema) if args.weights else {}
-    require(metadata, args.weights, kind='bidirectional' if args.bidirectional else 'causal')
-    vae, text = load_vae(folder, dtype, device), load_text_encoder(folder, dtype, device)
-    args.timesteps = args.timesteps or saved_steps(metadata) or (None if args.bidirectional else warped_steps())
-    shape = latent_shape(args, model.config)
-    chunks = [shape[1]] if args.bidirectional else chunk_sizes(shape[1], args.chunk or int(metadata.get('chunk', 3)))
-    if args.window is not None and args.window < max(chunks) + args.sink:
-        raise InputError(f'--window {args.window} is smaller than a chunk of {max(chunks)} and a sink of {args.sink} '
-                         'latent frames together')
-    solver = args.bidirectional and not args.timesteps
-    negative = text([args.negative]) if solver and args.guidance != 1 else None
-    process.print(f'{args.weights or args.model}: ' + (
-        f'{args.steps} unipc steps, shift {args.shift}, guidance {args.guidance}' if solver else
-        f'timesteps {format_steps(args.timesteps)}; chunks of {", ".join(map(str, chunks))} latent frames'))
-
-    # --- loop
-    for name in tqdm(missing[process.rank::process.world], desc='videos', unit='', disable=process.rank > 0):
-        generator = seeded(videos[name]['seed'], device)
-        noise = gaussian((1, *shape), generator, device)
-        latents = clean_latents(model, args, chunks, text([videos[name]['prompt']]), negative, noise, generator)
-        write_video(out / 'videos' / name, vae, latents)
-    process.barrier()
-    process.print(f'{out / "videos"}: {len(videos)} videos')
+    record(out, entries, videos, args.generate)
+    jobs = [json.dumps({**video, 'out': str(out / 'videos' / name)}) for name, video in videos.items()]
+    replace_file(out / 'jobs.jsonl', lambda temporary: temporary.write_text('\n'.join(jobs)))
+    generate = Path(__file__).with_name('generate.py')
+    sys.argv = [str(generate), '--jobs', str(out / 'jobs.jsonl'), *args.generate]
+    runpy.run_path(str(generate), run_name='__main__')
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -701,17 +616,16 @@ def main():
     args = parse_args()
     if args.verb == 'table':
         return table(args)
-    work = check_scoring(args) if args.verb == 'score' else None
+    if args.verb == 'sample':
+        return sample(args)
+    entries, dimensions, others = check_scoring(args)
     with processes(args.device) as process:
-        if args.verb == 'sample':
-            sample(args, process)
-        else:
-            score(args, process, *work[:2])
-    if args.verb == 'score' and work[2] and process.rank == 0:  # VBench starts its own processes
+        score(args, process, entries, dimensions)
+    if others and process.rank == 0:  # VBench starts its own processes
         if args.vbench_python:
-            score_with_vbench(args, work[2])
+            score_with_vbench(args, others)
         else:
-            print(f'not scored: {", ".join(work[2])}; VBench itself does: {ENVIRONMENT}')
+            print(f'not scored: {", ".join(others)}; VBench itself does: {ENVIRONMENT}')
 
 
 if __name__ == '__main__':

@@ -12,6 +12,7 @@ classifier-free guidance, all frames at once: that is the teacher, and it cannot
 student (--bidirectional --checkpoint) is sampled all at once too, at its own timesteps.
 """
 import argparse
+import json
 import re
 import time
 from pathlib import Path
@@ -21,14 +22,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from wan_causal import (MAX_POSITION, NEGATIVE_PROMPT, ChannelNorm, InputError, chunk_sizes, find_folder,
-                        format_steps, gaussian, latent_frames, load_checkpoint, load_dit, load_text_encoder, load_vae,
-                        model_defaults, ode_trajectory, processes, require, rollout, run_script, saved_steps, seeded,
-                        sigma_schedule, warped_steps)
-
-# Wan 2.1's own settings; a model folder may hold a defaults.json with others.
-DEFAULTS = dict(height=480, width=832, frames=81, fps=16, shift=5.0, guidance=5.0, negative=NEGATIVE_PROMPT,
-                checkpoint=None)
+from wan_causal import (MAX_POSITION, NEGATIVE_PROMPT, ChannelNorm, InputError, chunk_sizes, compute_dtype,
+                        find_folder, format_steps, gaussian, latent_frames, load_checkpoint, load_dit,
+                        load_text_encoder, load_vae, model_defaults, ode_trajectory, parse_stage, processes, require,
+                        rollout, run_script, saved_steps, seeded, sigma_schedule, warped_steps)
 
 
 def parse_args(argv=None):
@@ -36,16 +33,20 @@ def parse_args(argv=None):
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     g = p.add_argument_group('what')
     g.add_argument('prompt', nargs='*', help='one or more prompts')
-    g.add_argument('--prompts', metavar='FILE', help='a text file with one prompt per line')
+    g.add_argument('--prompts', dest='prompt_file', metavar='FILE', help='a text file with one prompt per line')
+    g.add_argument('--jobs', metavar='FILE', help='instead, lines of JSON {"prompt": text, "seed": number, "out": '
+                                                  'file}; a file that is there already is left as it is')
     g.add_argument('--init', metavar='FILE', help='go on from this video, or from this image as the first frame')
-    g.add_argument('--frames', type=int, help='video frames, 1 + 4k, those of --init included (default: the model\'s)')
-    g.add_argument('--height', type=int, help='pixels, a multiple of 16 (default: the model\'s)')
-    g.add_argument('--width', type=int, help='pixels, a multiple of 16 (default: the model\'s)')
+    g.add_argument('--frames', type=int, default=81, help='video frames, 1 + 4k, those of --init included')
+    g.add_argument('--height', type=int, default=480, help='pixels, a multiple of 16')
+    g.add_argument('--width', type=int, default=832, help='pixels, a multiple of 16')
+    g.add_argument('--fps', type=int, default=16, help='frames per second of the file')
     g.add_argument('--seed', type=int, default=0, help='of the noise; prompt i uses seed + i')
     g.add_argument('--out', default='samples', help='an .mp4 file for one prompt, or a folder')
     g = p.add_argument_group('model')
     g.add_argument('--model', default='tests/tiny', help='a folder or hub repository, Wan\'s or diffusers\' layout')
-    g.add_argument('--checkpoint', help='generator weights: a file, or repository:path on the hub')
+    g.add_argument('--checkpoint', dest='weights', metavar='FILE', help='generator weights: a file, or repository:path '
+                   'on the hub (default: those that the model folder names, else the teacher is sampled)')
     g.add_argument('--no-ema', action='store_true', help='take the weights that are not averaged, if the file has both')
     g = p.add_argument_group('causal sampling')
     g.add_argument('--timesteps', type=float, nargs='+', metavar='T',
@@ -62,42 +63,28 @@ def parse_args(argv=None):
     g.add_argument('--bidirectional', action='store_true', help='all frames at once: the teacher, or a student')
     g.add_argument('--steps', type=int, default=50, help='solver steps')
     g.add_argument('--solver', choices=['unipc', 'euler'], default='unipc', help='ODE solver')
-    g.add_argument('--shift', type=float, help='timestep shift (default: the model\'s)')
-    g.add_argument('--guidance', type=float, help='classifier-free guidance, 1 is off (default: the model\'s)')
-    g.add_argument('--negative', help='negative prompt (default: the model\'s)')
+    g.add_argument('--shift', type=float, default=5.0, help='timestep shift')
+    g.add_argument('--guidance', type=float, default=5.0, help='classifier-free guidance, 1 is off')
+    g.add_argument('--negative', default=NEGATIVE_PROMPT, help='negative prompt')
     g = p.add_argument_group('machine')
     g.add_argument('--device', help='cpu or cuda (default: cuda if there is one)')
     g.add_argument('--dtype', choices=['float32', 'bfloat16'], help='default: bfloat16 on cuda, else float32')
     g.add_argument('--compile', action='store_true', help='compile DiT blocks and decoder norms (a minute, once)')
     g.add_argument('--bench', action='store_true', help='run twice and print a table of times of the second run')
-    return p.parse_args(argv)
+    args = parse_stage(p, 'generate', argv)
+    args.segment = p.get_default('frames')  # the model's own length
+    args.weights = args.weights or (None if args.bidirectional else model_defaults(args.model).get('checkpoint'))
+    args.bidirectional = args.bidirectional or args.weights is None
+    check(args)
+    return args
 
 
-def check(args, defaults):
-    """Fill in the defaults; anything that cannot work is an InputError before a model is loaded."""
-    for name in ('height', 'width', 'frames', 'shift', 'guidance', 'negative'):
-        if getattr(args, name) is None:
-            setattr(args, name, defaults[name])
-    if args.checkpoint is None and not args.bidirectional:
-        args.checkpoint = defaults['checkpoint']
-    prompts = list(args.prompt)
-    if args.prompts:
-        try:
-            prompts += [line.strip() for line in Path(args.prompts).read_text().splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f'cannot read the prompts file {args.prompts}: {error}') from error
-    if not prompts or not all(prompt.strip() for prompt in prompts):
-        raise InputError('empty prompt: give at least one prompt, as text or with --prompts FILE')
-    if args.frames < 1 or args.frames % 4 != 1:
-        near = max(1, args.frames // 4 * 4 + 1)
-        raise InputError(f'--frames {args.frames} is not 1 + 4k: take {near} or {near + 4}')
+def check(args):
+    """Flags that cannot work, or not together, are an InputError before a model is loaded."""
     if latent_frames(args.frames) > MAX_POSITION and not args.overlap:
         raise InputError(f'--frames {args.frames} is past the RoPE table: Wan has {MAX_POSITION} positions, '
                          f'{1 + 4 * (MAX_POSITION - 1)} frames')
-    if args.height < 16 or args.width < 16 or args.height % 16 or args.width % 16:
-        raise InputError(f'{args.width}x{args.height} pixels: width and height must be positive multiples of 16')
-    for name, value in (('--chunk', args.chunk), ('--first-chunk', args.first_chunk), ('--window', args.window),
-                        ('--steps', args.steps), ('--overlap', args.overlap)):
+    for name, value in (('--first-chunk', args.first_chunk), ('--window', args.window), ('--overlap', args.overlap)):
         if value is not None and value < 1:
             raise InputError(f'{name} {value} must be at least 1')
     if args.sink < 0 or (args.sink and args.window is None):
@@ -107,31 +94,49 @@ def check(args, defaults):
         raise InputError(f'--timesteps {format_steps(args.timesteps)} must fall from at most 1000 to above 0')
     if args.shift <= 0:
         raise InputError(f'--shift {args.shift} must be positive')
-    args.bidirectional = args.bidirectional or args.checkpoint is None
     if args.bidirectional and (args.init or args.window or args.overlap):
         raise InputError('--init, --window and --overlap need a causal generator: give its weights with --checkpoint')
     if args.overlap and (args.init or args.window):
         raise InputError('--overlap goes with neither --init nor --window: it is another way to make long videos')
-    if args.out.endswith('.mp4') and len(prompts) > 1:
-        raise InputError(f'--out {args.out} is one file, but there are {len(prompts)} prompts: give a folder')
-    return prompts
 
 
-def output_paths(args, prompts):
-    """One mp4 for each prompt: --out itself, or in that folder a name of the prompt's words and the seed."""
-    if args.out.endswith('.mp4'):
-        paths = [Path(args.out)]
-    else:
-        words = [re.sub(r'\W+', '_', prompt).strip('_')[:60] or 'video' for prompt in prompts]
-        paths = [Path(args.out) / f'{word}-{args.seed + i}.mp4' for i, word in enumerate(words)]
+def read_lines(file):
+    """The lines of a text file that are not empty."""
     try:
-        paths[0].parent.mkdir(parents=True, exist_ok=True)
-        probe = paths[0].with_name(f'.{paths[0].name}.probe')
-        probe.touch()
-        probe.unlink()
+        return [line.strip() for line in Path(file).read_text(encoding='utf-8').splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f'cannot read the prompts file {file}: {error}') from error
+
+
+def read_jobs(args):
+    """What to make: [(prompt, seed, path)]. A prompt's file is --out itself, or in that folder its words and seed."""
+    if args.jobs:
+        if args.prompt or args.prompt_file:
+            raise InputError('give prompts or --jobs, not both')
+        try:
+            rows = [json.loads(line) for line in read_lines(args.jobs)]
+            jobs = [(str(row['prompt']), int(row['seed']), Path(row['out'])) for row in rows]
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f'{args.jobs} must hold lines such as {{"prompt": "a cat", "seed": 0, "out": "cat.mp4"}}: '
+                             f'{error!r}') from error
+    else:
+        prompts = args.prompt + (read_lines(args.prompt_file) if args.prompt_file else [])
+        if args.out.endswith('.mp4') and len(prompts) > 1:
+            raise InputError(f'--out {args.out} is one file, but there are {len(prompts)} prompts: give a folder')
+        words = [re.sub(r'\W+', '_', prompt).strip('_')[:60] or 'video' for prompt in prompts]
+        jobs = [(prompt, seed, Path(args.out) if args.out.endswith('.mp4') else Path(args.out) / f'{word}-{seed}.mp4')
+                for seed, (prompt, word) in enumerate(zip(prompts, words), args.seed)]
+    if not jobs or not all(prompt.strip() for prompt, *_ in jobs):
+        raise InputError('empty prompt: give at least one prompt, as text or with --prompts FILE')
+    try:
+        for folder in {path.parent for *_, path in jobs}:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / '.probe'
+            probe.touch()
+            probe.unlink(missing_ok=True)
     except OSError as error:
-        raise InputError(f'cannot write to {paths[0].parent}: {error.strerror}') from error
-    return paths
+        raise InputError(f'cannot write to {folder}: {error.strerror}') from error
+    return jobs
 
 
 def read_frames(file, height, width):
@@ -260,11 +265,11 @@ def generate(parts, args, prompt, seed, path, process, negative, init):
     return clock
 
 
-def bench_table(clock, args, process):
+def bench_table(clock, args, dtype, process):
     """Where the time of one video went."""
     seconds = {part: sum(values) for part, values in clock.seconds.items()}
     card = torch.cuda.get_device_name(process.device) if process.device.type == 'cuda' else 'CPU'
-    rows = [(f'{args.width}x{args.height}, {args.frames} frames, {args.dtype}', f'{card}, torch {torch.__version__}'),
+    rows = [(f'{args.width}x{args.height}, {args.frames} frames', f'{card}, {dtype}, torch {torch.__version__}'),
             ('text', f'{seconds["text"]:.3f} s'), ('DiT', f'{seconds["DiT"]:.3f} s'),
             ('decoder', f'{seconds["decoder"]:.3f} s'),
             ('first chunk, without text', f'{seconds["first"] - seconds["text"]:.3f} s'),
@@ -279,21 +284,13 @@ def bench_table(clock, args, process):
 @torch.no_grad()
 def main():
     args = parse_args()
-    folder = find_folder(args.model)
-    defaults = {**DEFAULTS, **model_defaults(folder)}
-    args.fps, args.segment = defaults['fps'], defaults['frames']
-    prompts = check(args, defaults)
-    paths = output_paths(args, prompts)
+    folder, jobs = find_folder(args.model), read_jobs(args)
     given = read_frames(args.init, args.height, args.width) if args.init else None  # before any model: may be bad
     with processes(args.device) as process:
-        args.dtype = args.dtype or ('bfloat16' if process.device.type == 'cuda' else 'float32')
-        args.quiet = process.rank > 0
-        dtype = getattr(torch, args.dtype)
+        args.quiet, dtype = process.rank > 0, compute_dtype(args, process.device)
         model = load_dit(folder, dtype, process.device).eval()
-        metadata = {}
-        if args.checkpoint:
-            metadata = load_checkpoint(model, args.checkpoint, ema=not args.no_ema)
-            require(metadata, args.checkpoint, kind='bidirectional' if args.bidirectional else 'causal')
+        metadata = load_checkpoint(model, args.weights, ema=not args.no_ema) if args.weights else {}
+        require(metadata, args.weights, kind='bidirectional' if args.bidirectional else 'causal')
         vae, text = load_vae(folder, dtype, process.device), load_text_encoder(folder, dtype, process.device)
 
         args.timesteps = args.timesteps or saved_steps(metadata) or (None if args.bidirectional else warped_steps())
@@ -315,7 +312,7 @@ def main():
         if solver:
             process.print(f'{args.model} is sampled as the bidirectional teacher: {args.steps} {args.solver} steps, '
                           f'shift {args.shift}, guidance {args.guidance}'
-                          + ('' if args.checkpoint else '; a causal generator would come with --checkpoint'))
+                          + ('' if args.weights else '; a causal generator would come with --checkpoint'))
         else:
             how = 'all frames at once' if args.bidirectional else f'chunks of {args.chunk} latent frames'
             process.print(f'timesteps {format_steps(args.timesteps)}; {how}')
@@ -325,14 +322,17 @@ def main():
             for layer in vae.decoder.modules():
                 if isinstance(layer, ChannelNorm):
                     layer.compile(dynamic=True)
-        for i in range(process.rank, len(prompts), process.world):
+        if args.jobs:
+            process.print(f'{len(jobs)} videos, {sum(not path.exists() for *_, path in jobs)} of them to be made')
+        for prompt, seed, path in jobs[process.rank::process.world]:
+            if args.jobs and path.exists():
+                continue
             for _ in range(2 if args.bench else 1):
-                clock = generate((model, vae, text), args, prompts[i], args.seed + i, paths[i], process,
-                                 negative, init)
+                clock = generate((model, vae, text), args, prompt, seed, path, process, negative, init)
             if args.bench:
-                bench_table(clock, args, process)
+                bench_table(clock, args, dtype, process)
             seconds = clock.seconds['total'][0]
-            print(f'{paths[i]}: {args.frames} frames at {args.width}x{args.height} in {seconds:.1f} s '
+            print(f'{path}: {args.frames} frames at {args.width}x{args.height} in {seconds:.1f} s '
                   f'({args.frames / seconds:.1f} FPS)', flush=True)
 
 

@@ -1767,7 +1767,8 @@ def parse_stage(p, stage, argv=None):
     p.set_defaults(**{k: v for k, v in model_defaults(known['model'], stage).items() if k in known})
     args = p.parse_args(argv)
     if args.frames < 1 or args.frames % 4 != 1:
-        raise InputError(f'--frames {args.frames} is not 1 + 4k: take {max(1, args.frames // 4 * 4 + 1)}')
+        near = max(1, args.frames // 4 * 4 + 1)
+        raise InputError(f'--frames {args.frames} is not 1 + 4k: take {near} or {near + 4}')
     if args.height < 16 or args.width < 16 or args.height % 16 or args.width % 16:
         raise InputError(f'{args.width}x{args.height} pixels: width and height must be positive multiples of 16')
     for name, low in (('steps', 1), ('batch', 1), ('accum', 1), ('save_every', 1), ('sample_every', 0), ('chunk', 1)):

@@ -521,13 +521,19 @@ def is_kernel(name, p):
     return p.ndim >= 4 and min(p.shape[0], p[0].numel()) > 1
 
 
-def encode_library(folder, vae, clips, part):
-    """Latents (N, 16, 15, 8, 8) of training clips, before normalisation, and their captions; kept on disk in parts."""
+def encode_library(folder, vae, clips, part, circles):
+    """Latents (N, 16, 15, 8, 8) of training clips, before normalisation, and their captions; kept on disk in parts.
+
+    From clip number `circles` on, half of them move in circles, which takes the most examples to learn.
+    """
     latents, captions = [], []
+    everything = split()[0]
+    circling = 5 * [c for c in everything if parse(c)["motion"] == "moving in circles"]
     for k in range(0, clips, part):
         path = folder / f"latents{k}.pt"
         if not path.exists():
-            video, _, chosen = library(split()[0], min(part, clips - k), 57, seed=2 + k)
+            mixture = everything + (circling if k >= circles else [])
+            video, _, chosen = library(mixture, min(part, clips - k), 57, seed=2 + k)
             with torch.no_grad():
                 z = torch.cat([vae.encode(video[i:i + 16] / 127.5 - 1)
                                for i in tqdm(range(0, len(video), 16), desc="latents", mininterval=10)])
@@ -603,8 +609,11 @@ def train_text(folder, steps):
 
 # --------------------------------------------------------------------------------------- the parts: teacher
 
-def train_teacher(name, folder, latents, captions, text, steps, start=None):
-    """A bidirectional Wan by flow matching on normalised latents (N, 16, 15, 8, 8), from the weights of `start`."""
+def train_teacher(name, folder, latents, captions, text, steps, start=None, shift=3.0, short=0.35):
+    """A bidirectional Wan by flow matching on normalised latents (N, 16, 15, 8, 8), from the weights of `start`.
+
+    Noise is drawn at this timestep shift; the first share `short` of the steps sees short clips.
+    """
     torch.manual_seed(3)
     model = WanModel(CONFIGS["tiny"])
     if start is not None:
@@ -617,7 +626,7 @@ def train_teacher(name, folder, latents, captions, text, steps, start=None):
     caption_of = torch.tensor([index[c] for c in captions])
 
     def loss_of(step, random):
-        frames, batch = (7, 20) if step < 0.35 * steps else (latents.shape[2], 12)  # short clips first
+        frames, batch = (7, 20) if step < short * steps else (latents.shape[2], 12)
         i = torch.randint(len(latents), (batch,), generator=random)
         x0, context = latents[i, :, :frames], contexts[caption_of[i]]
         dropped = torch.rand(batch, 1, 1, generator=random) < 0.1
@@ -625,7 +634,7 @@ def train_teacher(name, folder, latents, captions, text, steps, start=None):
         if step % 20 == 0:  # zero rows up to Wan's 512, so that the padded length does not matter
             context = torch.nn.functional.pad(context, (0, 0, 0, 512 - context.shape[1]))
         u = (torch.arange(batch) + torch.rand(batch, generator=random)) / batch  # stratified
-        t = 1000 * shift_sigma(u, 3.0)
+        t = 1000 * shift_sigma(u, shift)
         eps = torch.randn(x0.shape, generator=random)
         return (model(add_noise(x0, eps, t), t, context) - (eps - x0)).square().mean()
 
@@ -918,17 +927,21 @@ def train(out, work, scale=1.0):
     """Make everything in `out` from nothing; `work` keeps what a killed run needs to go on. scale: of the steps."""
     work.mkdir(parents=True, exist_ok=True)
     steps = {name: max(2, int(n * scale)) for name, n in
-             dict(text=800, vae=2500, reward=1700, clips=1500, teacher=3900, more_clips=4500, more=6000).items()}
+             dict(text=800, vae=2500, reward=1700, clips=1500, teacher=3900, more_clips=4500, more=6000,
+                  all_clips=7500, high_noise=4000).items()}
     encoder, tokenizer, words_right = train_text(work, steps["text"])
     vae = train_vae(work, steps["vae"]).eval().requires_grad_(False)
     reward, pairs_right = train_reward(work, steps["reward"])
-    # Twice: the first round on few clips, the second, with its own warm-up and decay, on more.
-    latents, captions = encode_library(work, vae, steps["more_clips"], steps["clips"])
-    few, text = slice(steps["clips"]), TextEncoder(encoder, tokenizer)
+    # Three rounds, each with its own warm-up and decay: on few clips; on more; then on circles above all and at high
+    # noise, where a clip's motion and the place of its texture are decided.
+    latents, captions = encode_library(work, vae, steps["all_clips"], steps["clips"], circles=steps["more_clips"])
+    few, more, text = slice(steps["clips"]), slice(steps["more_clips"]), TextEncoder(encoder, tokenizer)
     mean, std = latents[few].mean((0, 2, 3, 4)), latents[few].std((0, 2, 3, 4))
     latents = (latents - mean.view(1, -1, 1, 1, 1)) / std.view(1, -1, 1, 1, 1)
     teacher = train_teacher("teacher", work, latents[few], captions[few], text, steps["teacher"])
-    teacher = train_teacher("teacher2", work, latents, captions, text, steps["more"], start=teacher)
+    teacher = train_teacher("teacher2", work, latents[more], captions[more], text, steps["more"], start=teacher)
+    teacher = train_teacher("teacher3", work, latents, captions, text, steps["high_noise"], start=teacher, shift=8.0,
+                            short=0)
     export(out, vae, mean.tolist(), std.tolist(), encoder, tokenizer, teacher, reward)
     result = {**evaluate(out, max(2, min(200, int(200 * scale)))), "text": words_right, "reward": pairs_right}
     write_json(out / "measured.json", {part: {k: round(v, 4) for k, v in r.items()} for part, r in result.items()})
