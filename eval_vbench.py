@@ -3,7 +3,7 @@
 VBench (arXiv 2311.17982), as Reward-Forcing 4.1 and RAVEN use it: 946 prompts, 5 videos of each (25 of the 75 prompts
 for temporal flickering), 16 scores in [0, 1].
 
-sample  every prompt's videos by generate.py, whose flags it takes, -> OUT/videos/{prompt}-{i}.mp4, named by the
+sample  every prompt's videos by generate.py, whose flags follow --, -> OUT/videos/{prompt}-{i}.mp4, named by the
         original prompt whatever text the generator was given; text and seed of each in OUT/samples.json, the list of
         prompts in OUT/full_info.json. Goes on with what is there.
 score   videos -> OUT/results/{dimension}_eval_results.json, VBench's own format. Five dimensions here; the others by
@@ -18,7 +18,7 @@ The tiny model, whose captions the pretrained scorers do not know, is scored by 
     python eval_vbench.py sample && python eval_vbench.py score && python eval_vbench.py table        # CPU, offline
 VBench's own list comes with `pip install --no-deps vbench`, or with --full-info:
     torchrun --standalone --nproc_per_node 8 eval_vbench.py sample --model Wan-AI/Wan2.1-T2V-1.3B \\
-        --checkpoint runs/reward/model.safetensors --extended all_dimension_extended.txt --out runs/vbench_reward
+        --extended all_dimension_extended.txt --out runs/vbench_reward -- --checkpoint runs/reward/model.safetensors
     torchrun --standalone --nproc_per_node 8 eval_vbench.py score --out runs/vbench_reward \\
         --aesthetic-head sa_0_4_vit_l_14_linear.pth --vbench-python vbench-env/bin/python
     python eval_vbench.py table runs/vbench_reward/results --name "reward forcing"
@@ -319,7 +319,7 @@ def sample_flags(p):
     g.add_argument('--seed', type=int, default=0, help='sample i of entry n has the seed 10^6 seed + 1000 n + i')
     g.add_argument('--out', default='runs/vbench', help='the folder of videos and results')
     g.add_argument('--model', default='tests/tiny', help='the Wan model: a folder or hub repository')
-    p.epilog = 'All other flags are given to generate.py: --checkpoint FILE, --bidirectional, --frames, --window, ...'
+    p.epilog = 'What follows -- are flags of generate.py: -- --checkpoint FILE --window 21'
 
 
 def score_flags(p):
@@ -353,17 +353,16 @@ def table_flags(p):
 def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     p = argparse.ArgumentParser(description='VBench: sample its suite, score the videos, aggregate the scores.',
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flags = {'sample': sample_flags, 'score': score_flags, 'table': table_flags}
     p.add_argument('verb', choices=flags, help='what to do; `eval_vbench.py VERB --help` shows its flags')
     verb = argv[0] if argv else None
     flags.get(verb, lambda p: None)(p)
+    cut = argv.index('--') if verb == 'sample' and '--' in argv else len(argv)
+    args = p.parse_args(argv[:cut])
     if verb == 'sample':
-        args, args.generate = p.parse_known_args(argv)
         args.held_out = args.held_out or model_defaults(args.model).get('held_out')
-        args.generate += ['--model', args.model]
-    else:
-        args = p.parse_args(argv)
+        args.generate = ['--model', args.model, *argv[cut + 1:]]
     if verb != 'table' and not 1 <= args.samples <= 200:
         raise InputError(f'--samples {args.samples} must be 1 to 200')
     return args
@@ -397,8 +396,8 @@ def record(out, entries, videos, flags):
     if not isinstance(old, dict) or not isinstance(old.get('videos'), dict):
         raise InputError(f'{file} is not what eval_vbench.py sample wrote: take another --out')
     if old.get('generate') != flags or any(old['videos'].get(name, video) != video for name, video in videos.items()):
-        raise InputError(f'{out} holds videos of another seed, other texts or other flags ({old.get("generate")}): give '
-                         'the same to go on, or another --out')
+        raise InputError(f'{out} holds videos of another seed, other texts or other flags ({old.get("generate")}): '
+                         'give the same to go on, or another --out')
     for path, content in ((file, {'generate': flags, 'videos': {**old['videos'], **videos}}),
                           (out / 'full_info.json', entries)):
         replace_file(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1)))

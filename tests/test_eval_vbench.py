@@ -148,7 +148,7 @@ def test_two_different_scores_of_one_dimension_are_refused(tmp_path):
     (["table", "nowhere"], "cannot read nowhere"), (["table", "--percentages", *[0.5] * 16], "as the papers print"),
     (["table", "x.json", "--percentages", *[50] * 16], "not both"),
     (["table", "tests"], "no *_eval_results.json in tests"),
-    (["sample", "--frames", 8], "not 1 + 4k"), (["sample", "--samples", 0], "--samples 0 must be 1 to 200"),
+    (["sample", "--", "--frames", 8], "not 1 + 4k"), (["sample", "--samples", 0], "--samples 0 must be 1 to 200"),
     (["sample", "--full-info", "LIST", "--dimensions", "niceness"], "--dimensions niceness: unknown"),
     (["sample", "--full-info", "LIST", "--dimensions", "scene"], "no prompt of this suite is for it"),
     (["sample", "--full-info", "nowhere.json"], "cannot read nowhere.json"),
@@ -156,9 +156,11 @@ def test_two_different_scores_of_one_dimension_are_refused(tmp_path):
     (["sample", "--full-info", "BAD"], "entry 1 is not"), (["sample", "--full-info", "ODD"], "unknown dimension 'x'"),
     (["sample", "--full-info", "LONG"], "cannot be a file name"), (["sample", "--extended", "LIST"], "4 entries"),
     (["sample", "--full-info", "NOSTYLE"], "no auxiliary_info"), (["sample", "--held-out", "none.txt"], "none.txt"),
-    (["sample", "--sink", 3], "needs a --window"), (["sample", "--bidirectional", "--window", 6], "causal generator"),
-    (["sample", "--timesteps", 500, 900], "must fall"), (["sample", "--frames", 4097], "RoPE table"),
-    (["sample", "--window", 3, "--sink", 1, "--frames", 21], "--window 3 is smaller than a chunk of 3 and a sink of 1"),
+    (["sample", "--", "--sink", 3], "needs a --window"),
+    (["sample", "--", "--bidirectional", "--window", 6], "causal generator"),
+    (["sample", "--", "--timesteps", 500, 900], "must fall"), (["sample", "--", "--frames", 4097], "RoPE table"),
+    (["sample", "--", "--window", 3, "--sink", 1, "--frames", 21],
+     "--window 3 is smaller than a chunk of 3 and a sink of 1"),
     (["score"], "no list of prompts: install VBench's without its packages"),
     (["score", "--full-info", "LIST"], "needs --aesthetic-head"),
     (["score", "--full-info", "LIST", "--dimensions", "color"], "color is scored by VBench itself: make an"),
@@ -174,7 +176,9 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch, args, words):
     for name, entries in lists.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(entries))
     args = [tmp_path / f"{a}.json" if a in lists else a for a in args]
-    code, _, err = call(*args, *(["--out", tmp_path / "out", "--device", "cpu"] if args[0] != "table" else []))
+    verb, *flags = args
+    more = {"sample": ["--out", tmp_path / "out"], "score": ["--out", tmp_path / "out", "--device", "cpu"], "table": []}
+    code, _, err = call(verb, *more[verb], *flags)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == 2 and len(errors) == 1 and words in errors[0], err
     assert not list(tmp_path.rglob("*.mp4"))
@@ -504,14 +508,14 @@ if os.environ['RANK'] == '0' and 'FAIL' not in os.environ:
 
 # -------------------------------------------------------------------------------------------------- sampling
 
-FAST = ["--frames", 5, "--checkpoint", TINY / "reward_forced.safetensors", "--device", "cpu"]
+FAST = ["--", "--frames", 5, "--checkpoint", TINY / "reward_forced.safetensors", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
 def sampled(tmp_path_factory):
     """The tiny captions, 2 samples each, without interruption."""
     out = tmp_path_factory.mktemp("sampled")
-    done = run("eval_vbench.py", "sample", *FAST, "--samples", 2, "--out", out)
+    done = run("eval_vbench.py", "sample", "--samples", 2, "--out", out, *FAST)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -547,7 +551,7 @@ def test_samples_are_those_of_generate(sampled, tmp_path):
     record = json.loads((sampled / "samples.json").read_text())["videos"]
     assert len({video["seed"] for video in record.values()}) == len(record) == 8
     name = sorted(record)[-1]
-    code, _, err = call(record[name]["prompt"], "--seed", record[name]["seed"], *FAST, "--out", tmp_path / "x.mp4",
+    code, _, err = call(record[name]["prompt"], "--seed", record[name]["seed"], *FAST[1:], "--out", tmp_path / "x.mp4",
                         script=generate)
     assert code == 0, err
     assert (tmp_path / "x.mp4").read_bytes() == (sampled / "videos" / name).read_bytes()
@@ -555,7 +559,7 @@ def test_samples_are_those_of_generate(sampled, tmp_path):
 
 def test_killed_and_gone_on_with_under_two_ranks(sampled, tmp_path):
     """Killed without warning in the middle, then resumed by two processes: the same files as without."""
-    args = ["eval_vbench.py", "sample", *FAST, "--samples", 2, "--out", tmp_path]
+    args = ["eval_vbench.py", "sample", "--samples", 2, "--out", tmp_path, *FAST]
     process = subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, stderr=subprocess.DEVNULL,
                                env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
     deadline = time.time() + 300
@@ -581,13 +585,13 @@ def test_killed_and_gone_on_with_under_two_ranks(sampled, tmp_path):
 
 
 def test_another_setting_in_the_same_folder_is_refused(sampled, tmp_path):
-    for flags in (["--frames", 9], ["--seed", 1], ["--chunk", 1]):
-        code, _, err = call("sample", *FAST, "--samples", 2, "--out", sampled, *flags)
+    for mine, generators in ([], ["--frames", 9]), (["--seed", 1], []), ([], ["--chunk", 1]):
+        code, _, err = call("sample", "--samples", 2, "--out", sampled, *mine, *FAST, *generators)
         assert code == 2 and "other flags" in err and "give the same to go on, or another --out" in err
     (tmp_path / "samples.json").write_text("[]")
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "a cat-0.mp4").touch()
-    code, _, err = call("sample", *FAST, "--out", tmp_path)
+    code, _, err = call("sample", "--out", tmp_path, *FAST)
     assert code == 2 and "samples.json is not what eval_vbench.py sample wrote" in err
 
 
@@ -596,15 +600,15 @@ def test_extended_prompts_are_named_by_the_original(tmp_path):
     (tmp_path / "list.json").write_text(json.dumps(SUITE))
     lines = ["a", "b", "a red plain circle bouncing on a gray background", "d"]
     (tmp_path / "extended.txt").write_text("\n".join(lines) + "\n")
-    flags = ["--frames", 5, "--bidirectional", "--steps", 2, "--device", "cpu", "--samples", 1]
+    flags = ["--frames", 5, "--bidirectional", "--steps", 2, "--device", "cpu"]
     code, _, err = call("sample", "--full-info", tmp_path / "list.json", "--extended",
-                        tmp_path / "extended.txt", "--dimensions", "color", *flags, "--seed", 3,
-                        "--out", tmp_path / "out")
+                        tmp_path / "extended.txt", "--dimensions", "color", "--samples", 1, "--seed", 3,
+                        "--out", tmp_path / "out", "--", *flags)
     assert code == 0, err
     assert [file.name for file in (tmp_path / "out/videos").iterdir()] == ["a red cat-0.mp4"]
     assert json.loads((tmp_path / "out/samples.json").read_text())["videos"] == {
         "a red cat-0.mp4": {"prompt": lines[2], "seed": 3_002_000}}
-    code, _, err = call(lines[2], "--seed", 3_002_000, *flags[:-2], "--out", tmp_path / "same.mp4", script=generate)
+    code, _, err = call(lines[2], "--seed", 3_002_000, *flags, "--out", tmp_path / "same.mp4", script=generate)
     assert code == 0, err
     assert (tmp_path / "same.mp4").read_bytes() == (tmp_path / "out/videos/a red cat-0.mp4").read_bytes()
 

@@ -124,6 +124,8 @@ BAD = [
     ([PROMPT, "--init", "README.md", "--bidirectional"], "need a causal generator"),
     ([], "empty prompt"), ([""], "empty prompt"), (["  "], "empty prompt"),
     (["--prompts", "nothing.txt"], "cannot read the prompts file"),
+    (["--jobs", "README.md"], 'README.md must hold lines such as {"prompt": "a cat", "seed": 0, "out": "cat.mp4"}'),
+    ([PROMPT, "--jobs", "jobs.jsonl"], "give prompts or --jobs, not both"),
     ([PROMPT, PROMPT, "--out", "OUT/x.mp4"], "is one file, but there are 2 prompts"),
     ([PROMPT, "--out", "README.md/x.mp4"], "cannot write"),
     ([PROMPT, "--device", "cuda"], "no CUDA device"),

@@ -794,15 +794,15 @@ def export(out, vae, mean, std, encoder, tokenizer, teacher, reward):
 # How generate.py samples the tiny model (the teacher saw its training noise at the same shift), and what each stage's
 # flags are for it instead of the paper's values.
 DEFAULTS = {
-    "height": 64, "width": 64, "frames": 57, "fps": 16, "shift": 3.0, "guidance": 3.0, "negative": "",
+    "height": 64, "width": 64, "frames": 57, "fps": 16, "shift": 5.0, "guidance": 2.0, "negative": "",
     "checkpoint": "reward_forced.safetensors", "prompts": "prompts.txt", "held_out": "held_out_few.txt",
     "reward_model": "reward_model", "checkpointing": False, "accum": 1, "batch": 8, "ema_start": 0,
     "distill_dmd bidirectional": {"batch": 4, "steps": 300, "lr": 2e-4, "critic_lr": 2e-4, "ratio": 2, "ema": 0.98,
                                   "sample_every": 100},
     "distill_dmd causal": {"batch": 4, "steps": 200, "lr": 1e-4, "critic_lr": 1e-4, "ratio": 2, "ema": 0.98,
                            "init": "ode.safetensors"},
-    "ode_init sample": {"count": 400, "steps": 24, "batch": 8},
-    "ode_init train": {"steps": 600, "lr": 3e-4, "ema": 0.98, "sample_every": 200},
+    "ode_init sample": {"count": 200, "steps": 24, "batch": 8},
+    "ode_init train": {"steps": 300, "lr": 3e-4, "ema": 0.98, "sample_every": 200},
     "reward_forcing": {"batch": 4, "steps": 200, "lr": 5e-5, "ema": 0.98, "decode_past": 8,
                        "init": "ode.safetensors"},
     "cm_grpo": {"init": "reward_forced.safetensors", "steps": 100, "lr": 1e-4, "group": 8, "prompts_per_step": 4,
@@ -841,13 +841,14 @@ def sample_teacher(model, vae, text, captions, steps=50, seed=0):
     return sample_clips(captions, vae, solve, seed)
 
 
-def sample_student(model, metadata, vae, text, captions, seed=0):
-    """Few-step samples of the captions as a checkpoint's metadata asks for them: whole, or chunk by chunk."""
+def sample_student(model, metadata, vae, text, captions, seed=0, frames=15):
+    """Few-step samples of the captions as a checkpoint's metadata asks for them: whole, or chunk by chunk, of `frames`
+    latent frames with a window of 15."""
     def solve(noise, some, generators):
         chunks = chunk_sizes(noise.shape[2], int(metadata.get("chunk", noise.shape[2])))
-        parts = rollout(model, noise, text(some), saved_steps(metadata), chunks, generator=generators)
+        parts = rollout(model, noise, text(some), saved_steps(metadata), chunks, window=15, generator=generators)
         return torch.cat([part.x0 for part in parts], dim=2)
-    return sample_clips(captions, vae, solve, seed)
+    return sample_clips(captions, vae, solve, seed, frames=frames)
 
 
 def mean_reward(reward, video, captions):
@@ -865,32 +866,70 @@ def sample(out, name, captions, seed=0):
     return sample_student(model, load_checkpoint(model, name), vae, text, captions, seed)
 
 
-def compare(out, checkpoints, count=200, seed=0):
-    """What generators show of held-out captions, added to results.json in `out`: label -> measurements.
-
-    A generator's label is the folder of its model.safetensors, i.e. the name of its run, or its file's name.
-    """
+def compare(out, checkpoints, results, count=200, seed=0):
+    """What generators show of held-out captions, added to `results`/results.json: label -> measurements."""
     captions, reward = split()[1][:count], load_image_reward(out / "reward_model")
     for name in checkpoints:
         video = sample(out, name, captions, seed)
         row = {**scorecard(video, captions), **mean_reward(reward, video, captions), "captions": count}
-        path, file = Path(name), out / "results.json"
-        label = path.parent.name if path.name == "model.safetensors" else path.stem
-        rows = json.loads(file.read_text()) if file.exists() else {}
-        write_json(file, {**rows, label: {k: round(v, 4) for k, v in row.items()}})
-        print(results_table({label: row}), flush=True)
+        add_result(results / "results.json", name, row)
+        print(results_table({label(name): row}), flush=True)
 
 
-def results_table(rows):
-    """results.json as a Markdown table."""
-    columns = {"reward_last": "reward, last frame", "reward": "reward, all", "colour": "colour", "shape": "shape",
-               "texture": "texture", "texture_correlation": "texture correlation", "motion": "motion",
-               "path": "px per frame", "flicker": "flicker"}
-    shares = ("colour", "shape", "texture", "motion")
-    lines = ["| run | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
-    for label, row in rows.items():
-        cells = [f"{100 * row[k]:.1f} %" if k in shares else f"{row[k]:.2f}" for k in columns]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+def drift(out, checkpoints, results, count=40, seed=0):
+    """The first and the last third of rollouts three times as long as in training, added to `results`/drift.json."""
+    captions, reward = split()[1][::200 // count], load_image_reward(out / "reward_model")
+    vae, text = load_vae(out), load_text_encoder(out)
+    for name in checkpoints:
+        model = load_dit(out).eval()
+        video = sample_student(model, load_checkpoint(model, name), vae, text, captions, seed, frames=45)
+        thirds = {"first": video[:, :, :57], "last": video[:, :, -57:]}
+        cards = {third: {**scorecard(v, captions), **mean_reward(reward, v, captions)} for third, v in thirds.items()}
+        row = {f"{third}_{k}": card[k] for third, card in cards.items()
+               for k in ("reward", "texture_correlation", "texture", "path")}
+        add_result(results / "drift.json", name, {**row, "captions": count})
+        print(results_table({label(name): row}, DRIFT), flush=True)
+
+
+def label(name):
+    """A generator's name: the folder of its model.safetensors, i.e. its run, or its file's name. What ends in -1, -2,
+    ... are seeds of the same."""
+    path = Path(name)
+    return path.parent.name if path.name == "model.safetensors" else path.stem
+
+
+def add_result(file, name, row):
+    """Add a row to a JSON file, to which other processes may add theirs at the same time."""
+    import fcntl
+    with open(file, "a+") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        f.seek(0)
+        rows = json.loads(f.read() or "{}") | {label(name): {k: round(v, 4) for k, v in row.items()}}
+        f.truncate(0)
+        f.write(json.dumps(rows, indent=2) + "\n")
+
+
+RESULTS = {"reward_last": "reward, last frame", "reward": "reward, all", "colour": "colour, %", "shape": "shape, %",
+           "texture": "texture, %", "texture_correlation": "texture correlation", "motion": "motion, %",
+           "path": "px per frame", "flicker": "flicker"}
+DRIFT = {f"{third}_{k}": f"{name}, {third}" for k, name in (
+    ("reward", "reward"), ("texture_correlation", "texture correlation"), ("texture", "texture, %"),
+    ("path", "px per frame")) for third in ("first", "last")}
+
+
+def results_table(rows, columns=RESULTS):
+    """results.json or drift.json as a Markdown table: means over seeds, and their standard deviation."""
+    runs = {}
+    for name, row in rows.items():
+        runs.setdefault(re.sub(r"-\d+$", "", name), []).append(row)
+    lines = ["| run | seeds | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 2) + "|"]
+    for name, some in runs.items():
+        cells = []
+        for key, title in columns.items():
+            values = torch.tensor([row[key] for row in some], dtype=torch.float64) * (100 if "%" in title else 1)
+            spread = f" ± {values.std():.{1 if '%' in title else 2}f}" if len(some) > 1 else ""
+            cells.append(f"{values.mean():.{1 if '%' in title else 2}f}{spread}")
+        lines.append(f"| {name} | {len(some)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -950,14 +989,16 @@ def train(out, work, scale=1.0):
 
 def main():
     parser = argparse.ArgumentParser(description="The tiny world: train its models, or measure them.")
-    parser.add_argument("verb", choices=["train", "evaluate", "picture", "compare", "keep"])
+    parser.add_argument("verb", choices=["train", "evaluate", "picture", "compare", "drift", "keep"])
     parser.add_argument("generators", nargs="*", default=["teacher"],
-                        help="for compare and picture: generators' files, or `teacher`; for keep: a file and its name")
-    parser.add_argument("--count", type=int, default=200, help="for compare: held-out captions")
-    parser.add_argument("--seed", type=int, default=0, help="for compare: of the noise")
+                        help="for compare, drift, picture: generators' files, or (not drift) `teacher`; for keep: a "
+                             "file and its name")
+    parser.add_argument("--count", type=int, help="for compare and drift: held-out captions (default: 200 and 40)")
+    parser.add_argument("--seed", type=int, default=0, help="for compare and drift: of the noise")
     parser.add_argument("--png", type=Path, default=Path(__file__).parent / "frames.png", help="for picture: the file")
     parser.add_argument("--captions", type=int, default=6, help="for picture: how many")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny", help="the model folder")
+    parser.add_argument("--results", type=Path, help="for compare and drift: where figures are kept (default: --out)")
     parser.add_argument("--work", type=Path, default=Path("runs/tiny_world"), help="where a killed run goes on from")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the training steps, for a quick trial")
     args = parser.parse_args()
@@ -966,7 +1007,9 @@ def main():
     elif args.verb == "keep":
         keep(args.out, *args.generators)
     elif args.verb == "compare":
-        compare(args.out, args.generators, args.count, args.seed)
+        compare(args.out, args.generators, args.results or args.out, args.count or 200, args.seed)
+    elif args.verb == "drift":
+        drift(args.out, args.generators, args.results or args.out, args.count or 40, args.seed)
     elif args.verb == "picture":
         picture(args.out, args.generators, args.png, args.captions)
     else:

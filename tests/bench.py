@@ -1,0 +1,260 @@
+"""Speed and memory, measured on this machine. Weights are random, so nothing is downloaded.
+
+    python tests/bench.py generate --size 1.3B                  # 480x832, 81 frames; --size tiny runs on any CPU
+    python tests/bench.py peers --size middle                   # the same work through diffusers, as ratios
+    python tests/bench.py train                                 # a step of every stage, on the tiny model
+    python tests/bench.py train --model DIR --frames 81 ...     # the same on another one; more flags go to the stages
+
+Times are medians. The limit that `generate` prints is counted: floating-point operations of the DiT in closed form, of
+the decoder by torch's counter, over what this machine's own matrix product reaches in the same run.
+"""
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from wan_causal import (  # noqa: E402
+    CONFIGS, KVCache, WanConfig, WanModel, WanVAE, block_causal, chunk_sizes, dit_diffusers_key, latent_frames,
+    rollout, vae_diffusers_key, warped_steps)
+
+SIZES = {**CONFIGS, 'middle': WanConfig(dim=512, ffn_dim=2048, num_heads=8, num_layers=8, text_dim=64, text_len=32)}
+VAE_SIZES = {'tiny': dict(dim=16, num_res_blocks=1), 'middle': dict(dim=32, num_res_blocks=1)}  # else the real one
+PICTURE = {'tiny': (64, 64, 57), 'middle': (128, 128, 57)}  # height, width, frames
+
+
+class Bench:
+    """The machine, and how often to repeat."""
+
+    def __init__(self, args):
+        self.device = torch.device(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        self.cuda = self.device.type == 'cuda'
+        self.dtype = getattr(torch, args.dtype or ('bfloat16' if self.cuda else 'float32'))
+        self.warmup, self.repeats = args.warmup, args.repeats
+        name = torch.cuda.get_device_name() if self.cuda else f'CPU, {torch.get_num_threads()} threads'
+        print(f'{name}, torch {torch.__version__}, {self.dtype}, {self.warmup} warm-up runs, median of {self.repeats}')
+
+    def now(self):
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def seconds(self, *functions):
+        """Median seconds of each function; they take turns, so that a busy machine slows all of them alike."""
+        times = [[] for _ in functions]
+        for i in range(self.warmup + self.repeats):
+            for function, seen in zip(functions, times):
+                start = self.now()
+                function()
+                seen.append(self.now() - start)
+        return [statistics.median(seen[self.warmup:]) for seen in times]
+
+    def flops(self):
+        """Floating-point operations per second of a large matrix product."""
+        n = 8192 if self.cuda else 1024
+        a, b = (torch.randn(n, n, device=self.device, dtype=self.dtype) for _ in range(2))
+        return 2 * n ** 3 / self.seconds(lambda: a @ b)[0]
+
+
+def make_models(size, bench):
+    """A DiT and a VAE with random weights; the DiT's head is not zero, as it is at the start of training."""
+    torch.manual_seed(0)
+    with torch.device(bench.device):
+        model, vae = WanModel(SIZES[size]), WanVAE(**VAE_SIZES.get(size, {}))
+    torch.nn.init.normal_(model.head.head.weight, std=0.02)
+    return (m.to(bench.dtype).eval().requires_grad_(False) for m in (model, vae))
+
+
+def dit_flops(config, queries, keys, texts, batch=1):
+    """Operations of one DiT forward: 2 per weight and token, 4 per query, key and channel (texts' keys are cached)."""
+    linear = 2 * queries * (6 * config.dim ** 2 + 2 * config.dim * config.ffn_dim)
+    return batch * config.num_layers * (linear + 4 * queries * (keys + texts) * config.dim)
+
+
+def decoder_flops(vae, shape):
+    """Operations of decoding latents of `shape`, counted layer by layer without computing anything."""
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter:
+        vae.to('meta').decode(torch.empty(shape, device='meta'))
+    return counter.get_total_flops()
+
+
+@torch.no_grad()
+def generate(args):
+    """Where the time of one streamed video goes, and how far it is from the machine's limit."""
+    bench, config = Bench(args), SIZES[args.size]
+    model, vae = make_models(args.size, bench)
+    h, w, frames = (given or default for given, default in zip(
+        (args.height, args.width, args.frames), PICTURE.get(args.size, (480, 832, 81))))
+    shape = (args.batch, 16, latent_frames(frames), h // 8, w // 8)
+    chunks, tokens = chunk_sizes(shape[2], args.chunk), shape[3] * shape[4] // 4
+    noise = torch.randn(shape, device=bench.device)
+    context = torch.randn(args.batch, config.text_len, config.text_dim, device=bench.device, dtype=bench.dtype)
+    cache = KVCache(config, args.batch, shape[2], tokens, rolling=False, dtype=bench.dtype, device=bench.device)
+    if args.compile:
+        for block in model.blocks:
+            block.before, block.after = torch.compile(block.before), torch.compile(block.after)
+
+    def video(decode, times):
+        """One video; seconds after each chunk and in each part."""
+        start, memory = bench.now(), {}
+        parts = rollout(model, noise, context, warped_steps(), chunks, cache=cache)
+        while (chunk := next(parts, None)) is not None:
+            if times is not None:
+                times.setdefault('DiT', []).append(bench.now())
+            if decode:
+                vae.decode(chunk.x0, memory)
+            if times is not None:
+                times.setdefault('decoder', []).append(bench.now())
+        return start
+
+    for _ in range(args.warmup):
+        video(True, None)
+    if bench.cuda:
+        torch.cuda.reset_peak_memory_stats()
+    dit, decoder, first = [], [], []
+    for _ in range(args.repeats):
+        times = {}
+        start = video(True, times)
+        ends = [start, *times['decoder']]
+        dit.append([b - a for a, b in zip(ends, times['DiT'])])
+        decoder.append([b - a for a, b in zip(times['DiT'], times['decoder'])])
+        first.append(times['decoder'][0] - start)
+    whole, alone = bench.seconds(lambda: video(True, None), lambda: video(False, None))
+    memory = torch.cuda.max_memory_allocated() / 2 ** 30 if bench.cuda else None
+
+    operations, seen = 0, 0
+    for i, n in enumerate(chunks):
+        passes = len(warped_steps()) + (i < len(chunks) - 1)
+        seen += n
+        operations += passes * dit_flops(config, n * tokens, seen * tokens, config.text_len, args.batch)
+    speed, decoding = bench.flops(), decoder_flops(vae, shape)
+    median = [[statistics.median(row[i] for row in rows) for i in range(len(chunks))] for rows in (dit, decoder)]
+    print(f'{args.size} at {w}x{h}, {frames} frames, batch {args.batch}, chunks of {args.chunk} latent frames'
+          + (', compiled' if args.compile else ''))
+    for name, value in [
+            ('DiT per chunk', ' '.join(f'{x:.3f}' for x in median[0]) + ' s'),
+            ('decoder per chunk', ' '.join(f'{x:.3f}' for x in median[1]) + ' s'),
+            ('first chunk', f'{statistics.median(first):.3f} s'),
+            ('end to end, without text', f'{whole:.3f} s, {args.batch * frames / whole:.2f} FPS'),
+            ('DiT alone', f'{alone:.3f} s, {args.batch * frames / alone:.2f} FPS'),
+            ('matrix product here', f'{speed / 1e12:.2f} TFLOP/s'),
+            ('limit of the DiT', f'{operations / 1e12:.3f} TFLOP, {operations / speed:.3f} s: '
+                                 f'{100 * operations / speed / alone:.0f} % reached'),
+            ('limit of the decoder', f'{decoding / 1e12:.3f} TFLOP, {decoding / speed:.3f} s: '
+                                     f'{100 * decoding / speed / max(whole - alone, 1e-9):.0f} % reached'),
+            ('peak memory', f'{memory:.2f} GiB, without text encoder' if bench.cuda else 'not measured on a CPU')]:
+        print(f'{name:<28}{value}')
+
+
+@torch.no_grad()
+def peers(args):
+    """The same weights and the same work through diffusers' Wan classes, and the cache against no cache."""
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    bench, config = Bench(args), SIZES[args.size]
+    model, vae = make_models(args.size, bench)
+    h, w, _ = PICTURE.get(args.size, (480, 832, 81))
+    tokens = h * w // 256
+    theirs = WanTransformer3DModel(
+        num_attention_heads=config.num_heads, attention_head_dim=config.dim // config.num_heads,
+        text_dim=config.text_dim, freq_dim=config.freq_dim, ffn_dim=config.ffn_dim, num_layers=config.num_layers)
+    theirs.load_state_dict({dit_diffusers_key(k): v for k, v in model.state_dict().items()})
+    theirs = theirs.to(bench.device, bench.dtype).eval()
+    sizes = VAE_SIZES.get(args.size, dict(dim=96, num_res_blocks=2))
+    their_vae = AutoencoderKLWan(base_dim=sizes['dim'], num_res_blocks=sizes['num_res_blocks'])
+    their_vae.load_state_dict({vae_diffusers_key(k, sizes['num_res_blocks']): v for k, v in vae.state_dict().items()})
+    their_vae = their_vae.to(bench.device, bench.dtype).eval()
+    context = torch.randn(1, config.text_len, config.text_dim, device=bench.device, dtype=bench.dtype)
+    t = torch.tensor([500.0], device=bench.device)
+    print(f'{args.size} at {w}x{h}; seconds here and in diffusers, and how many times as fast')
+    rows = []
+    for name, frames in (('forward, 3 latent frames', 3), ('forward, 21 latent frames', 21)):
+        x = torch.randn(1, 16, frames, h // 8, w // 8, device=bench.device, dtype=bench.dtype)
+        same = (model(x, t, context).float() - theirs(x, t, context).sample.float()).abs().max().item()
+        rows.append((name, *bench.seconds(lambda: model(x, t, context), lambda: theirs(x, t, context)), same))
+    z = torch.randn(1, 16, 6, h // 8, w // 8, device=bench.device, dtype=bench.dtype)
+    scaled = (z.float() * vae.std + vae.mean).to(bench.dtype)
+    same = (vae.decode(z) - their_vae.decode(scaled).sample.float()).abs().max().item()
+    rows.append(('decode, 6 latent frames', *bench.seconds(lambda: vae.decode(z), lambda: their_vae.decode(scaled)),
+                 same))
+    for name, ours, other, same in rows:
+        print(f'{name:<28}{ours:.3f} s  {other:.3f} s  {other / ours:.2f}x   largest difference {same:.1e}')
+
+    noise, chunks = torch.randn(1, 16, 21, h // 8, w // 8, device=bench.device), [3] * 7
+    cache = KVCache(config, 1, 21, tokens, rolling=False, dtype=bench.dtype, device=bench.device)
+    clean, steps = torch.zeros_like(noise), warped_steps()
+
+    def recomputed():  # what a rollout costs without a cache: at every step all frames so far
+        for i in range(len(chunks)):
+            seen = 3 * (i + 1)
+            for _ in steps:
+                model(clean[:, :, :seen], torch.zeros(1, seen, device=bench.device), context,
+                      block_causal(chunks[:i + 1]))
+    cached, plain = bench.seconds(lambda: list(rollout(model, noise, context, steps, chunks, cache=cache)), recomputed)
+    print(f'{"rollout of 7 chunks":<28}{cached:.3f} s  {plain:.3f} s  {plain / cached:.2f}x   with a cache, without')
+
+
+STAGES = {  # in the order of the papers; {init}: any causal generator, {data}: trajectories
+    'distill, bidirectional': 'distill_dmd.py', 'ODE': 'ode_init.py train --data {data}',
+    'reward forcing, last frame': 'reward_forcing.py', 'reward forcing, all frames': 'reward_forcing.py '
+    '--reward-frames all', **{f'distill, {h}': f'distill_dmd.py --student causal --history {h} --data {{data}}'
+                              for h in ('diffusion-forcing', 'teacher-forcing', 'self-forcing', 'raven')},
+    'CM-GRPO': 'cm_grpo.py'}
+
+
+def train(args, more):
+    """Seconds and peak memory of a step of each stage, each run by its own command line with the same batch."""
+    bench = Bench(args)
+    steps, rows = args.warmup + args.repeats, []
+    with tempfile.TemporaryDirectory() as folder:
+        def run(*command):
+            done = subprocess.run([sys.executable, *command, *more], cwd=ROOT, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(f'error: {command[0]} failed: {(done.stderr.strip() or done.stdout).splitlines()[-1]}')
+        run('ode_init.py', 'sample', '--count', str(max(4, args.batch)), '--steps', '4', '--out', f'{folder}/data')
+        for name, line in STAGES.items():
+            out = Path(folder) / name
+            group = ['--prompts-per-step', '1', '--group', str(args.batch)] if line.startswith('cm') else []
+            run(*line.format(data=f'{folder}/data').split(), '--out', str(out), '--steps', str(steps), '--sample-every',
+                '0', *(group or ['--batch', str(args.batch)]))
+            logged = [json.loads(row) for row in (out / 'metrics.jsonl').read_text().splitlines()][args.warmup:]
+            seconds = statistics.median(row['seconds'] for row in logged)
+            rows.append((name, seconds, args.batch / seconds, max(row['peak_gib'] for row in logged)))
+            print('{:<28}{:8.2f} s a step  {:6.2f} videos/s  {:6.2f} GiB'.format(*rows[-1]), flush=True)
+    reference = dict((row[0], row[1]) for row in rows)
+    ratio = reference['distill, raven'] / reference['reward forcing, last frame']
+    print(f'a step of RAVEN takes {ratio:.2f} times as long as one of reward forcing ({bench.device})')
+
+
+def main():
+    p = argparse.ArgumentParser(description='Speed and memory of this project on this machine.')
+    p.add_argument('verb', choices=['generate', 'peers', 'train'])
+    p.add_argument('--size', choices=SIZES, default='tiny', help='of the random weights')
+    p.add_argument('--height', type=int, help='pixels (default: the size\'s own)')
+    p.add_argument('--width', type=int, help='pixels')
+    p.add_argument('--frames', type=int, help='video frames, 1 + 4k')
+    p.add_argument('--chunk', type=int, default=3, help='latent frames per chunk')
+    p.add_argument('--batch', type=int, default=1, help='videos at once')
+    p.add_argument('--compile', action='store_true', help='generate: compile the blocks')
+    p.add_argument('--warmup', type=int, default=1, help='runs that do not count')
+    p.add_argument('--repeats', type=int, default=3, help='runs of which the median counts')
+    p.add_argument('--device', help='cpu or cuda (default: cuda if there is one)')
+    p.add_argument('--dtype', choices=['float32', 'bfloat16'], help='default: bfloat16 on cuda, else float32')
+    args, more = p.parse_known_args()
+    if more and args.verb != 'train':
+        p.error(f'unknown flags {" ".join(more)}')
+    if args.verb == 'train':
+        train(args, more)
+    else:
+        {'generate': generate, 'peers': peers}[args.verb](args)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,168 @@
+"""Both papers in miniature: every stage through its own command line, in the tiny world, on a laptop's CPU.
+
+    python tests/miniature.py --jobs 2          # everything; a killed run goes on where it was
+    python tests/miniature.py ode reward        # what these runs need, and these
+    python tests/miniature.py --fast            # every stage for a few steps: shows that it runs, proves nothing
+
+Each stage leaves RUNS/<name>-<seed>/model.safetensors; what it shows of held-out captions goes to RUNS/results.json and
+RUNS/drift.json (`tests/tiny_world.py compare` and `drift`), and the tables of both are printed at the end.
+"""
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+import tiny_world  # noqa: E402
+
+# run: (script and flags, the runs whose weights it starts from, seeds). {data} is the folder of the trajectories.
+# What all runs share is said once, in tests/tiny/defaults.json.
+STAGES = {
+    'student': ('distill_dmd.py', None, 1),
+    'ode': ('ode_init.py train --data {data}', 'student', 1),
+    'reward': ('reward_forcing.py', 'ode', 3),
+    'reward_random': ('reward_forcing.py --reward-frames random', 'ode', 3),
+    'reward_all': ('reward_forcing.py --reward-frames all', 'ode', 3),
+    'raven': ('distill_dmd.py --student causal --history raven', 'ode', 3),
+    'self_forcing': ('distill_dmd.py --student causal --history self-forcing', 'ode', 3),
+    'causvid': ('distill_dmd.py --student causal --history diffusion-forcing --data {data}', 'ode', 3),
+    'teacher_forcing': ('distill_dmd.py --student causal --history teacher-forcing --data {data}', 'ode', 3),
+    'raven_uniform': ('distill_dmd.py --student causal --history raven --chunk-weight-shift 0', 'ode', 3),
+    'distill_reward': ('distill_dmd.py --student causal --history self-forcing --reward-weight 1', 'ode', 3),
+    'raven_cm': ('cm_grpo.py', 'raven', 3),
+    'reward_cm': ('cm_grpo.py', 'reward', 3),
+    'reward_em': ('cm_grpo.py --policy em', 'reward', 3),
+}
+
+
+def plan(runs, names, fast, seeds):
+    """Jobs in order: {name: (command, the jobs before it)}. Every stage's run is followed by its measurements."""
+    wanted = set(names or STAGES)
+    for name in reversed(STAGES):  # and what they start from
+        if name in wanted and STAGES[name][1]:
+            wanted.add(STAGES[name][1])
+    short = ['--steps', '2', '--batch', '1'] if fast else []
+    data, count = runs / 'trajectories', ['--count', '2'] if fast else []
+    measure = ['--results', str(runs), *count]
+    jobs = {'trajectories': (['ode_init.py', 'sample', '--out', str(data), *count], [])}
+    if not fast:
+        jobs['teacher compare'] = (['tests/tiny_world.py', 'compare', 'teacher', *measure], [])
+    for name in (name for name in STAGES if name in wanted):
+        line, start, number = STAGES[name]
+        for seed in range(min(number, seeds)):
+            out, needs = runs / f'{name}-{seed}', []
+            command = [*line.format(data=data).split(), '--out', str(out), '--seed', str(seed), '--resume', *short]
+            if start:
+                before = f'{start}-{seed if seed < STAGES[start][2] else 0}'
+                command += ['--init', str(runs / before / 'model.safetensors')]
+                needs.append(before)
+            jobs[out.name] = (command, needs + (['trajectories'] if '{data}' in line else []))
+            file = str(out / 'model.safetensors')
+            jobs[f'{out.name} compare'] = (['tests/tiny_world.py', 'compare', file, *measure], [out.name])
+            if name != 'student':
+                jobs[f'{out.name} drift'] = (['tests/tiny_world.py', 'drift', file, *measure], [out.name])
+    return jobs
+
+
+def execute(jobs, runs, at_once):
+    """Run the jobs, `at_once` of them side by side, each on one thread; a failure stops everything with its log."""
+    done = {name for name in jobs if (runs / f'logs/{name}.done').exists()}
+    left, lock, failed = [name for name in jobs if name not in done], threading.Condition(), []
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'PASSIVE'}
+    (runs / 'logs').mkdir(parents=True, exist_ok=True)
+    bar = tqdm(total=len(jobs), initial=len(done), desc='miniature', unit='job')
+
+    def worker():
+        while True:
+            with lock:
+                while left and not failed and not (ready := [n for n in left if set(jobs[n][1]) <= done]):
+                    lock.wait()
+                if not left or failed:
+                    return
+                name = ready[0]
+                left.remove(name)
+                bar.set_postfix_str(name)
+            command, log = jobs[name][0], runs / f'logs/{name}.log'
+            if command[0] != 'tests/tiny_world.py':
+                command = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=1', *command]
+            with open(log, 'w') as file:
+                code = subprocess.run([sys.executable, *command], cwd=HERE.parent, env=environment, stdout=file,
+                                      stderr=subprocess.STDOUT).returncode
+            with lock:
+                if code:
+                    failed.append(f'{name} failed, exit code {code}; its messages are in {log}')
+                else:
+                    log.with_suffix('.done').touch()
+                    done.add(name)
+                    bar.update()
+                lock.notify_all()
+
+    threads = [threading.Thread(target=worker) for _ in range(at_once)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    bar.close()
+    if failed:
+        sys.exit(f'error: {failed[0]}')
+
+
+def read_curves(runs, name, key, window):
+    """Moving averages of a logged number over the seeds of a run: (seeds, steps - window + 1)."""
+    rows = [[json.loads(line)[key] for line in file.read_text().splitlines()]
+            for file in sorted(runs.glob(f'{name}-[0-9]/metrics.jsonl'))]
+    steps = min(map(len, rows))
+    return torch.tensor([row[:steps] for row in rows]).unfold(1, min(window, steps), 1).mean(2)
+
+
+def draw_curves(path, curves, title, width=640, height=300):
+    """{name: (seeds, steps)} as an SVG: the mean of each, and a band from the lowest to the highest seed."""
+    colours = ('#1f6fb4', '#d1541f', '#2a8f4a', '#8a4fb0')
+    low, high = min(c.min().item() for c in curves.values()), max(c.max().item() for c in curves.values())
+    longest = max(c.shape[1] for c in curves.values()) - 1
+
+    def y_of(value):
+        return height - 30 - (height - 60) * (value - low) / max(high - low, 1e-9)
+
+    def points(values):
+        return [f'{50 + (width - 60) * i / max(longest, 1):.1f},{y_of(v):.1f}' for i, v in enumerate(values.tolist())]
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+             f'font-size="12"><rect width="100%" height="100%" fill="white"/><text x="50" y="18">{title}</text>']
+    for value in (low, (low + high) / 2, high):
+        parts.append(f'<text x="8" y="{y_of(value) + 4:.1f}">{value:.2f}</text>'
+                     f'<path d="M50 {y_of(value):.1f}H{width - 10}" stroke="#ddd"/>')
+    parts.append(f'<text x="{width - 10}" y="{height - 10}" text-anchor="end">step {longest}</text>')
+    for i, ((name, curve), colour) in enumerate(zip(curves.items(), colours)):
+        band = ' '.join(points(curve.amin(0)) + points(curve.amax(0))[::-1])
+        parts.append(f'<polygon points="{band}" fill="{colour}" opacity="0.2"/><polyline '
+                     f'points="{" ".join(points(curve.mean(0)))}" fill="none" stroke="{colour}" stroke-width="2"/>'
+                     f'<text x="{60 + 150 * i}" y="{height - 10}" fill="{colour}">{name}</text>')
+    path.write_text('\n'.join([*parts, '</svg>']) + '\n')
+
+
+def main():
+    p = argparse.ArgumentParser(description='All stages of both papers in the tiny world, one after the other.')
+    p.add_argument('names', nargs='*', metavar='RUN', help=f'only these of {", ".join(STAGES)}, and what they need')
+    p.add_argument('--runs', type=Path, default=Path('runs/miniature'), help='the folder of all runs')
+    p.add_argument('--seeds', type=int, default=3, help='at most this many seeds of each')
+    p.add_argument('--jobs', type=int, default=2, help='stages side by side, each on one thread')
+    p.add_argument('--fast', action='store_true', help='a few steps of each stage')
+    args = p.parse_args()
+    if unknown := [name for name in args.names if name not in STAGES]:
+        p.error(f'no run {unknown[0]}: the runs are {", ".join(STAGES)}')
+    runs = args.runs.resolve()
+    execute(plan(runs, args.names, args.fast, 1 if args.fast else args.seeds), runs, args.jobs)
+    for file, columns in (('results.json', tiny_world.RESULTS), ('drift.json', tiny_world.DRIFT)):
+        if (runs / file).exists():
+            print(tiny_world.results_table(json.loads((runs / file).read_text()), columns), '\n')
+
+
+if __name__ == '__main__':
+    main()
