@@ -36,7 +36,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from wan_causal import (CLIP_MEAN, CLIP_STD, EMA, InputError, Run, chunk_sizes, chunk_weights, compute_dtype,
+from wan_causal import (EMA, InputError, Run, chunk_sizes, chunk_weights, clip_preprocess, compute_dtype,
                         consistency_kernel, find_file, find_folder, fold_lora, format_steps, gaussian, interleaved_x0,
                         latent_shape, load_checkpoint, load_dit, load_function, load_image_reward, load_text_encoder,
                         load_vae, parse_stage, processes, read_prompts, read_weights, recorded_rollout, require,
@@ -142,14 +142,8 @@ class Clip:
         self.device = device
 
     def images(self, frames):
-        """(B, 3, H, W) in [-1, 1] -> unit image features: short side resized (bicubic, antialiased), centre crop."""
-        size = self.model.config.vision_config.image_size
-        scale = size / min(frames.shape[-2:])
-        shape = [max(size, round(n * scale)) for n in frames.shape[-2:]]
-        x = F.interpolate((frames / 2 + 0.5).clamp(0, 1), shape, mode='bicubic', antialias=True).clamp(0, 1)
-        top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
-        mean, std = (torch.tensor(c, device=x.device).view(1, 3, 1, 1) for c in (CLIP_MEAN, CLIP_STD))
-        pixels = (x[:, :, top:top + size, left:left + size] - mean) / std
+        """(B, 3, H, W) in [-1, 1] -> unit image features (B, D)."""
+        pixels = clip_preprocess(frames, self.model.config.vision_config.image_size)
         return F.normalize(self.model.visual_projection(self.model.vision_model(pixels).pooler_output), dim=-1)
 
     def similarity(self, video, prompts):

@@ -367,7 +367,8 @@ MAX_POSITION = 1024  # rows of Wan's RoPE tables
 
 @functools.lru_cache(maxsize=64)
 def rope_table(position, height, width, head_dim, device):
-    """cos and sin (L, D/2) of each token's rotation: D/2 - 2(D/6) frequencies for time, D/6 for height and width.
+    """cos and sin (L, 1, D) of each token's rotation: D/2 - 2(D/6) frequencies for time, D/6 for height and width, each
+    twice, for the two numbers that it rotates; sin has the signs - +.
 
     position: the RoPE position of each latent frame; height and width in tokens. Wan's tables end at 1024.
     """
@@ -381,14 +382,15 @@ def rope_table(position, height, width, head_dim, device):
     for axis, count in zip(grid, (n - 2 * (n // 3), n // 3, n // 3)):
         theta = 10000.0 ** (-torch.arange(count, dtype=torch.float64) / count)
         angles.append(axis.flatten()[:, None] * theta)
-    angles = torch.cat(angles, dim=1)  # (L, D/2)
-    return angles.cos().float().to(device), angles.sin().float().to(device)
+    angles = torch.cat(angles, dim=1).repeat_interleave(2, dim=1).unsqueeze(1)  # (L, 1, D)
+    sign = torch.tensor([-1.0, 1.0]).repeat(n)
+    return angles.cos().float().to(device), (sign * angles.sin()).float().to(device)
 
 
 def rotate(x, cos, sin):
-    """RoPE on neighbouring pairs: x (B, N, L, D), cos and sin (L, D/2)."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+    """RoPE on neighbouring pairs, (a, b) -> (a cos - b sin, b cos + a sin): x (B, L, N, D), cos and sin (L, 1, D)."""
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
 
 
 def sinusoid(t, dim):
@@ -406,7 +408,8 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x):
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square()
+        return (x * torch.rsqrt(square / x.shape[-1] + self.eps) * self.weight.float()).to(x.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -419,12 +422,13 @@ class LayerNorm(nn.LayerNorm):
 
 def modulate(x, shift, scale):
     """x (B, L, C) by shift and scale (B, F or 1, 1, C), one per latent frame."""
-    return (x.unflatten(1, (shift.shape[1], -1)) * (1 + scale) + shift).flatten(1, 2).to(x.dtype)
+    return torch.addcmul(shift, x.unflatten(1, (shift.shape[1], -1)), 1 + scale).flatten(1, 2).to(x.dtype)
 
 
-def gated(y, gate):
-    """y (B, L, C) by gate (B, F or 1, 1, C)."""
-    return (y.unflatten(1, (gate.shape[1], -1)) * gate).flatten(1, 2).to(y.dtype)
+def gated(x, y, gate):
+    """x + y gate: x and y (B, L, C), gate (B, F or 1, 1, C)."""
+    x, y = (z.unflatten(1, (gate.shape[1], -1)) for z in (x, y))
+    return torch.addcmul(x, y, gate).flatten(1, 2).to(y.dtype)
 
 
 class Attention(nn.Module):
@@ -436,14 +440,15 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(config.dim, config.eps), RMSNorm(config.dim, config.eps)
 
-    def split(self, x):
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, N, L, D)
+    def split(self, x, rope=None):
+        x = x.unflatten(-1, (self.heads, -1))  # (B, L, N, D)
+        return (rotate(x, *rope) if rope else x).transpose(1, 2)  # (B, N, L, D)
 
-    def queries(self, x):
-        return self.split(self.norm_q(self.q(x)))
+    def queries(self, x, rope=None):
+        return self.split(self.norm_q(self.q(x)), rope)
 
-    def keys_values(self, x):
-        return self.split(self.norm_k(self.k(x))), self.split(self.v(x))
+    def keys_values(self, x, rope=None):
+        return self.split(self.norm_k(self.k(x)), rope), self.split(self.v(x))
 
     def output(self, x):
         return self.o(x.transpose(1, 2).flatten(2))
@@ -477,16 +482,15 @@ class Block(nn.Module):
         """Queries, keys and values of self-attention; like `after`, it has static shapes and compiles well."""
         shift, scale = (self.modulation.float() + e)[:, :, :2].chunk(2, dim=2)
         y = modulate(self.norm1(x), shift, scale)
-        k, v = self.self_attn.keys_values(y)
-        return rotate(self.self_attn.queries(y), *rope), rotate(k, *rope), v
+        return self.self_attn.queries(y, rope), *self.self_attn.keys_values(y, rope)
 
     def after(self, x, attended, e, text):
         """What follows self-attention."""
         gate1, shift, scale, gate2 = (self.modulation.float() + e)[:, :, 2:].chunk(4, dim=2)
-        x = x + gated(self.self_attn.output(attended), gate1)
+        x = gated(x, self.self_attn.output(attended), gate1)
         k, v = text if isinstance(text, tuple) else self.cross_attn.keys_values(text)
         x = x + self.cross_attn.output(attend(self.cross_attn.queries(self.norm3(x)), k, v))
-        return x + gated(self.ffn(modulate(self.norm2(x), shift, scale)), gate2)
+        return gated(x, self.ffn(modulate(self.norm2(x), shift, scale)), gate2)
 
 
 class Head(nn.Module):
@@ -1082,6 +1086,19 @@ REWARD_SIZES = dict(image_size=224, patch_size=16, vision_dim=1024, vision_layer
 CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
 
 
+def clip_preprocess(images, size):
+    """(B, 3, H, W) in [-1, 1] -> (B, 3, size, size): antialiased bicubic resize of the shorter side, centre crop,
+    CLIP's normalisation. Antialiasing is what PIL does, and so what agrees with the published scores."""
+    H, W = images.shape[-2:]
+    shape = (size, int(size * W / H)) if H <= W else (int(size * H / W), size)
+    x = (images / 2 + 0.5).clamp(0, 1)
+    if shape != (H, W):
+        x = F.interpolate(x, shape, mode='bicubic', antialias=True, align_corners=False).clamp(0, 1)
+    top, left = round((shape[0] - size) / 2), round((shape[1] - size) / 2)
+    mean, std = (torch.tensor(c, device=x.device).view(1, 3, 1, 1) for c in (CLIP_MEAN, CLIP_STD))
+    return (x[:, :, top:top + size, left:left + size] - mean) / std
+
+
 class ImageReward(nn.Module):
     """ImageReward (arXiv 2304.05977): BLIP's image encoder, BERT with cross-attention to it, and a linear head.
 
@@ -1122,24 +1139,12 @@ class ImageReward(nn.Module):
                           is_decoder=False).last_hidden_state
         return (self.mlp(words[:, 0].float()).squeeze(-1) - self.mean) / self.std
 
-    def preprocess(self, images):
-        """(B, 3, H, W) in [-1, 1] -> (B, 3, S, S): antialiased bicubic resize of the shorter side, centre crop,
-        CLIP's normalisation. Antialiasing is what PIL does, and so what agrees with the published scores."""
-        S, (H, W) = self.image_size, images.shape[-2:]
-        size = (S, int(S * W / H)) if H <= W else (int(S * H / W), S)
-        x = (images / 2 + 0.5).clamp(0, 1)
-        if size != (H, W):
-            x = F.interpolate(x, size, mode='bicubic', antialias=True, align_corners=False).clamp(0, 1)
-        top, left = round((size[0] - S) / 2), round((size[1] - S) / 2)
-        mean, std = (torch.tensor(c, device=x.device).view(1, 3, 1, 1) for c in (CLIP_MEAN, CLIP_STD))
-        return (x[:, :, top:top + S, left:left + S] - mean) / std
-
     def score(self, images, prompts):
         """images (B, 3, H, W) in [-1, 1], B prompts -> rewards (B,); differentiable in the images."""
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[0] != len(prompts):
             raise ValueError(f'images {tuple(images.shape)} must be (B, 3, H, W) with one prompt each, '
                              f'got {len(prompts)} prompts')
-        return self(self.preprocess(images), *self.tokenize(prompts))
+        return self(clip_preprocess(images, self.image_size), *self.tokenize(prompts))
 
     def tokenize(self, prompts):
         """list of B str -> token ids and mask (B, 35)."""

@@ -3,7 +3,7 @@
     python tests/bench.py generate --size 1.3B                  # 480x832, 81 frames; --size tiny runs on any CPU
     python tests/bench.py peers --size middle                   # the same work through diffusers, as ratios
     python tests/bench.py train                                 # a step of every stage, on the tiny model
-    python tests/bench.py train --model DIR --frames 81 ...     # the same on another one; more flags go to the stages
+    python tests/bench.py train -- --model DIR --frames 81      # what follows -- goes to every stage
 
 Times are medians. The limit that `generate` prints is counted: floating-point operations of the DiT in closed form, of
 the decoder by torch's counter, over what this machine's own matrix product reaches in the same run.
@@ -201,7 +201,7 @@ def peers(args):
     print(f'{"rollout of 7 chunks":<28}{cached:.3f} s  {plain:.3f} s  {plain / cached:.2f}x   with a cache, without')
 
 
-STAGES = {  # in the order of the papers; {init}: any causal generator, {data}: trajectories
+STAGES = {  # in the order of the papers; {data}: trajectories
     'distill, bidirectional': 'distill_dmd.py', 'ODE': 'ode_init.py train --data {data}',
     'reward forcing, last frame': 'reward_forcing.py', 'reward forcing, all frames': 'reward_forcing.py '
     '--reward-frames all', **{f'distill, {h}': f'distill_dmd.py --student causal --history {h} --data {{data}}'
@@ -221,9 +221,12 @@ def train(args, more):
         run('ode_init.py', 'sample', '--count', str(max(4, args.batch)), '--steps', '4', '--out', f'{folder}/data')
         for name, line in STAGES.items():
             out = Path(folder) / name
-            group = ['--prompts-per-step', '1', '--group', str(args.batch)] if line.startswith('cm') else []
-            run(*line.format(data=f'{folder}/data').split(), '--out', str(out), '--steps', str(steps), '--sample-every',
-                '0', *(group or ['--batch', str(args.batch)]))
+            flags = ['--batch', str(args.batch), '--steps', str(steps), '--sample-every', '0', '--out', str(out)]
+            if line == STAGES['CM-GRPO']:
+                flags += ['--prompts-per-step', '1', '--group', str(args.batch)]
+            if args.init and name not in ('distill, bidirectional', 'ODE'):
+                flags += ['--init', args.init]
+            run(*line.format(data=f'{folder}/data').split(), *flags)
             logged = [json.loads(row) for row in (out / 'metrics.jsonl').read_text().splitlines()][args.warmup:]
             seconds = statistics.median(row['seconds'] for row in logged)
             rows.append((name, seconds, args.batch / seconds, max(row['peak_gib'] for row in logged)))
@@ -243,15 +246,16 @@ def main():
     p.add_argument('--chunk', type=int, default=3, help='latent frames per chunk')
     p.add_argument('--batch', type=int, default=1, help='videos at once')
     p.add_argument('--compile', action='store_true', help='generate: compile the blocks')
+    p.add_argument('--init', help='train: the causal generator to start from (default: the tiny model\'s)')
     p.add_argument('--warmup', type=int, default=1, help='runs that do not count')
     p.add_argument('--repeats', type=int, default=3, help='runs of which the median counts')
     p.add_argument('--device', help='cpu or cuda (default: cuda if there is one)')
     p.add_argument('--dtype', choices=['float32', 'bfloat16'], help='default: bfloat16 on cuda, else float32')
-    args, more = p.parse_known_args()
-    if more and args.verb != 'train':
-        p.error(f'unknown flags {" ".join(more)}')
+    p.epilog = 'train: what follows -- are flags of all stages.'
+    cut = sys.argv.index('--') if '--' in sys.argv else len(sys.argv)
+    args = p.parse_args(sys.argv[1:cut])
     if args.verb == 'train':
-        train(args, more)
+        train(args, sys.argv[cut + 1:])
     else:
         {'generate': generate, 'peers': peers}[args.verb](args)
 

@@ -10,6 +10,7 @@ RUNS/drift.json (`tests/tiny_world.py compare` and `drift`), and the tables of b
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import threading
@@ -41,6 +42,48 @@ STAGES = {
     'reward_em': ('cm_grpo.py --policy em', 'reward', 3),
 }
 
+CLAIMS = [  # what the papers say: (words, left figure, right figure, factor): left > factor x right
+    ('ODE only has the motion (4-step student)', 'ode path', 'student path', 0.9),
+    ('ODE only lacks the texture', 'student texture_correlation', 'ode texture_correlation', 1),
+    ('reward forcing brings the texture', 'reward texture_correlation', 'ode texture_correlation', 1),
+    ('reward forcing raises the reward of all frames', 'reward reward', 'ode reward', 1),
+    ('reward forcing keeps the motion', 'reward path', 'ode path', 0.9),
+    ('a random frame instead of the last one costs motion', 'reward path', 'reward_random path', 1),
+    ('all frames cost motion', 'reward path', 'reward_all path', 1),
+    ('reward forcing beats reward + distillation', 'reward reward', 'distill_reward reward', 1),
+    ('RAVEN is better than Self Forcing', 'raven reward', 'self_forcing reward', 1),
+    ('also late in a long video', 'raven last_reward', 'self_forcing last_reward', 1),
+    ('Self Forcing is better than CausVid', 'self_forcing reward', 'causvid reward', 1),
+    ('later chunks weighted more help', 'raven last_reward', 'raven_uniform last_reward', 1),
+    ('CM-GRPO raises the reward of RAVEN', 'raven_cm reward', 'raven reward', 1),
+    ('CM-GRPO raises the reward of reward forcing', 'reward_cm reward', 'reward reward', 1),
+    ('the consistency kernel learns more than Euler-Maruyama', 'reward_cm reward', 'reward_em reward', 1),
+]
+
+
+def figures(runs, figure):
+    """'run measurement' -> its values over the seeds that are there, from results.json or drift.json."""
+    run, key = figure.split()
+    file = runs / ('drift.json' if key.startswith(('first_', 'last_')) else 'results.json')
+    rows = json.loads(file.read_text()) if file.exists() else {}
+    return [row[key] for name, row in rows.items() if name.rsplit('-', 1)[0] == run]
+
+
+def claims_table(runs):
+    """The papers' claims beside what was measured, as Markdown. A difference within the seeds' spread is unclear."""
+    lines = ['| the papers say | measured | holds |', '|---|---|---|']
+    for words, left, right, factor in CLAIMS:
+        a, b = figures(runs, left), figures(runs, right)
+        if not a or not b:
+            continue
+        spread = max(statistics.stdev(x) if len(x) > 1 else 0 for x in (a, b))
+        gap = statistics.mean(a) - factor * statistics.mean(b)
+        verdict = 'unclear' if abs(gap) < spread else 'yes' if gap > 0 else 'no'
+        times = '' if factor == 1 else f'{factor} × '
+        lines.append(f'| {words} | {left} {statistics.mean(a):.2f} against {times}{right} {statistics.mean(b):.2f} '
+                     f'(spread {spread:.2f}, {len(a)} and {len(b)} seeds) | {verdict} |')
+    return '\n'.join(lines)
+
 
 def plan(runs, names, fast, seeds):
     """Jobs in order: {name: (command, the jobs before it)}. Every stage's run is followed by its measurements."""
@@ -52,8 +95,6 @@ def plan(runs, names, fast, seeds):
     data, count = runs / 'trajectories', ['--count', '2'] if fast else []
     measure = ['--results', str(runs), *count]
     jobs = {'trajectories': (['ode_init.py', 'sample', '--out', str(data), *count], [])}
-    if not fast:
-        jobs['teacher compare'] = (['tests/tiny_world.py', 'compare', 'teacher', *measure], [])
     for name in (name for name in STAGES if name in wanted):
         line, start, number = STAGES[name]
         for seed in range(min(number, seeds)):
@@ -66,6 +107,8 @@ def plan(runs, names, fast, seeds):
             jobs[out.name] = (command, needs + (['trajectories'] if '{data}' in line else []))
             file = str(out / 'model.safetensors')
             jobs[f'{out.name} compare'] = (['tests/tiny_world.py', 'compare', file, *measure], [out.name])
+            if name == 'student' and not fast:  # here, since the first runs are waited for
+                jobs['teacher compare'] = (['tests/tiny_world.py', 'compare', 'teacher', *measure], [])
             if name != 'student':
                 jobs[f'{out.name} drift'] = (['tests/tiny_world.py', 'drift', file, *measure], [out.name])
     return jobs
@@ -86,7 +129,7 @@ def execute(jobs, runs, at_once):
                     lock.wait()
                 if not left or failed:
                     return
-                name = ready[0]
+                name = min(ready, key=lambda n: n.endswith((' compare', ' drift')))  # what others wait for comes first
                 left.remove(name)
                 bar.set_postfix_str(name)
             command, log = jobs[name][0], runs / f'logs/{name}.log'
@@ -162,6 +205,11 @@ def main():
     for file, columns in (('results.json', tiny_world.RESULTS), ('drift.json', tiny_world.DRIFT)):
         if (runs / file).exists():
             print(tiny_world.results_table(json.loads((runs / file).read_text()), columns), '\n')
+    print(claims_table(runs))
+    curves = {name: read_curves(runs, name, 'reward_imagereward', 10) for name in ('raven_cm', 'reward_cm', 'reward_em')
+              if (runs / f'{name}-0/metrics.jsonl').exists()}
+    if curves:
+        draw_curves(runs / 'curves.svg', curves, 'Reward of the rollouts (mean of 10 steps), lowest to highest seed')
 
 
 if __name__ == '__main__':

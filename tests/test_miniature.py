@@ -52,3 +52,14 @@ def test_curves(tmp_path):
     miniature.draw_curves(tmp_path / "x.svg", {"run": curve}, "title")
     svg = (tmp_path / "x.svg").read_text()
     assert svg.startswith("<svg") and svg.count("<polyline") == 1 and "step 4" in svg
+
+
+def test_claims(tmp_path):
+    """yes, no, and unclear where the seeds differ more than the runs; a run that is not there is left out."""
+    rows = {"student-0": {"path": 1.0, "texture_correlation": 0.6}, "ode-0": {"path": 1.2, "texture_correlation": 0.5,
+            "reward": 0.5}, "reward-0": {"path": 0.1, "texture_correlation": 0.9, "reward": 0.4},
+            "reward-1": {"path": 0.2, "texture_correlation": 0.0, "reward": 0.4}}
+    (tmp_path / "results.json").write_text(json.dumps(rows))
+    verdicts = [line.split(" | ")[-1].strip(" |") for line in miniature.claims_table(tmp_path).splitlines()[2:]]
+    assert verdicts == ["yes", "yes", "unclear", "no", "no"]
+    assert "against 0.9 × student path 1.00" in miniature.claims_table(tmp_path)

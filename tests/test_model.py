@@ -463,9 +463,7 @@ def test_reward_preprocessing_is_pils(height, width):
     small = 0.25 * random_latents(1, 3, 12, 16)  # inside the gamut, where PIL's rounding is all that differs
     x = torch.nn.functional.interpolate(small, (height, width), mode="bicubic")
     pixels = ((x + 1) * 127.5).round().to(torch.uint8)
-    model = wc.ImageReward(image_size=32, patch_size=8, vision_dim=16, vision_layers=1, vision_heads=2, text_dim=16,
-                           text_layers=1, text_heads=2, text_ffn=16, vocab_size=10)
-    ours = model.preprocess(pixels / 127.5 - 1)[0]
+    ours = wc.clip_preprocess(pixels / 127.5 - 1, 32)[0]
     ours = ours * torch.tensor(wc.CLIP_STD).view(3, 1, 1) + torch.tensor(wc.CLIP_MEAN).view(3, 1, 1)
     image = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
     w, h = (int(32 * width / height), 32) if height <= width else (32, int(32 * height / width))

@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from wan_causal import (  # noqa: E402
-    CONFIGS, MAX_POSITION, ImageReward, TextEncoder, WanModel, WanVAE, add_noise, chunk_sizes, dit_diffusers_key,
-    gaussian, load_checkpoint, load_dit, load_image_reward, load_text_encoder, load_vae, ode_trajectory,
-    read_weights, rollout, saved_steps, shift_sigma, sigma_schedule, vae_diffusers_key)
+    CONFIGS, MAX_POSITION, ImageReward, TextEncoder, WanModel, WanVAE, add_noise, chunk_sizes, clip_preprocess,
+    dit_diffusers_key, gaussian, load_checkpoint, load_dit, load_image_reward, load_text_encoder, load_vae,
+    ode_trajectory, read_weights, rollout, saved_steps, shift_sigma, sigma_schedule, vae_diffusers_key)
 
 COLOURS = {"red": (220, 40, 40), "green": (60, 200, 70), "blue": (50, 90, 240),  # RGB, 0..255
            "yellow": (240, 220, 40), "purple": (160, 50, 200), "orange": (250, 140, 20)}
@@ -715,7 +715,7 @@ def train_reward(folder, steps):
 
     def loss_of(step, random):
         better, good, worse, bad, _ = preference_pairs(captions, 24, random)
-        images = model.preprocess(torch.cat([better, worse]))
+        images = clip_preprocess(torch.cat([better, worse]), model.image_size)
         seen = model.vision(images).last_hidden_state
         score = model.judge(seen, *model.tokenize(good + bad))
         loss = -torch.nn.functional.logsigmoid(score[:24] - score[24:]).mean() + 1e-3 * score.square().mean()
