@@ -563,13 +563,13 @@ def test_killed_and_gone_on_with_under_two_ranks(sampled, tmp_path):
     process = subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, stderr=subprocess.DEVNULL,
                                env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
     deadline = time.time() + 300
-    while len(list(tmp_path.glob("videos/[!.]*.mp4"))) < 2 and time.time() < deadline:
+    while len(list(tmp_path.glob("videos/[!.]*.mp4"))) < 1 and time.time() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
     done = contents(tmp_path / "videos")
     finished = {name for name in done if not name.startswith(".")}
-    assert 2 <= len(finished) < 8
+    assert 1 <= len(finished) < 8
     assert all(done[name] == contents(sampled / "videos")[name] for name in finished)  # none is half-written
     before = {name: (tmp_path / "videos" / name).stat().st_mtime_ns for name in finished}
     half = next(name for name in contents(sampled / "videos") if name not in finished)

@@ -24,8 +24,8 @@ def read(path):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ([], "timesteps 1000, 900, 750, 500; chunks of 3 latent frames"),  # the model folder's causal generator
-    (["--bidirectional", "--steps", 2], "bidirectional teacher: 2 unipc steps, shift 3.0, guidance 3.0")])
+    ([], "timesteps 1000, 937.5, 833.333, 625; chunks of 3 latent frames"),  # the model folder's causal generator
+    (["--bidirectional", "--steps", 2], "bidirectional teacher: 2 unipc steps, shift 5.0, guidance 2.0")])
 def test_default_model_writes_a_video_and_says_so(tmp_path, flags, words):
     done = run("generate.py", PROMPT, "--frames", 9, *flags, "--out", tmp_path)
     assert done.returncode == 0, done.stderr

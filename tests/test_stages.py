@@ -422,7 +422,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     config = wc.load_config(TINY)
     state = wc.load_dit(TINY).state_dict()
-    steps = ",".join(f"{t:.10g}" for t in wc.warped_steps(shift=3.0))
+    steps = ",".join(f"{t:.10g}" for t in wc.warped_steps())
     wc.save_checkpoint(folder / "student.safetensors", state, stage="distill_dmd", kind="bidirectional",
                        timesteps=steps, config=config)
     wc.save_checkpoint(folder / "ode.safetensors", state, stage="ode_init", kind="causal", timesteps=steps, chunk=3,
@@ -480,9 +480,9 @@ def test_two_ranks_with_half_the_batch_equal_one_process(stage, made, tmp_path):
 
     kind = wc.load_checkpoint(wc.load_dit(TINY), tmp_path / "one/model.safetensors")
     assert kind["stage"] == command(stage, made)[0].removesuffix(".py") and kind["step"] == "2"
-    assert wc.saved_steps(kind) == pytest.approx([1000, 900, 750, 500])
+    assert wc.saved_steps(kind) == pytest.approx(wc.warped_steps())
     assert kind["kind"] == ("bidirectional" if stage == "distill_dmd" else "causal")
-    assert "timesteps 1000, 900, 750, 500" in one.stdout
+    assert "timesteps 1000, 937.5, 833.333, 625" in one.stdout
 
 
 def start_and_kill(args, after):
@@ -539,12 +539,12 @@ def test_kept_states_are_the_teachers_ode(made, parts):
     """Solved again here, step by step."""
     dit, _, text, _ = parts
     trajectory, prompt = wc.Trajectories(made / "trajectories")[3]
-    sigmas, x = [1.0, 0.9, 0.75, 0.5, 0.0], trajectory[0][None]
+    sigmas, x = [1.0, 0.9375, 5 / 6, 0.625, 0.0], trajectory[0][None]
     with torch.no_grad():
         for k in range(4):
             t = torch.tensor([1000 * sigmas[k]])
             cond, uncond = dit(x, t, text([prompt])), dit(x, t, text([""]))
-            x = x + (sigmas[k + 1] - sigmas[k]) * (uncond + 3.0 * (cond - uncond))
+            x = x + (sigmas[k + 1] - sigmas[k]) * (uncond + 2.0 * (cond - uncond))
             torch.testing.assert_close(x[0], trajectory[k + 1], atol=0.02, rtol=0.02)  # stored as float16
 
 
@@ -586,7 +586,7 @@ def test_frame_wise_and_first_steps_of_the_whole_path(tmp_path):
     for checkpoint, flags in (("student", ["--bidirectional"]), ("reward", [])):
         done = run("generate.py", CAPTIONS[0], "--checkpoint", tmp_path / checkpoint / "model.safetensors", *flags,
                    "--frames", 9, "--out", tmp_path / f"{checkpoint}.mp4")
-        assert done.returncode == 0 and "timesteps 1000, 900, 750, 500" in done.stdout, done.stderr
+        assert done.returncode == 0 and "timesteps 1000, 937.5, 833.333, 625" in done.stdout, done.stderr
 
 
 BAD = [
