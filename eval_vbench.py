@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from wan_causal import (CLIP_MEAN, CLIP_STD, InputError, find_file, model_defaults, processes, read_json,
-                        read_weights, replace_file, run_script)
+                        read_lines, read_weights, replace_file, run_script)
 
 # ----------------------------------------------------------------------------------------------------------
 # Constants: VBench's scripts/constant.py, and the papers' tables
@@ -373,16 +373,11 @@ def parse_args(argv=None):
 
 def sampling_suite(args):
     """(entries, the text that the generator is given for each)."""
-    def lines(name):
-        try:
-            return [line.strip() for line in find_file(name).read_text(encoding='utf-8').rstrip().split('\n')]
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f'cannot read the prompts file {name}: {error}') from error
     if args.full_info is None and args.held_out:
-        entries = [{'prompt_en': line, 'dimension': list(TINY)} for line in lines(args.held_out)]
+        entries = [{'prompt_en': line, 'dimension': list(TINY)} for line in read_lines(find_file(args.held_out))]
     else:
         entries = read_suite(args.full_info or installed_list())
-    texts = lines(args.extended) if args.extended else [entry['prompt_en'] for entry in entries]
+    texts = read_lines(find_file(args.extended)) if args.extended else [entry['prompt_en'] for entry in entries]
     if len(texts) != len(entries) or not all(texts):
         raise InputError(f'{args.extended} has {sum(map(bool, texts))} prompts in {len(texts)} lines, but the suite '
                          f'has {len(entries)} entries: it must have one line for each, in the same order')

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from wan_causal import (MAX_POSITION, NEGATIVE_PROMPT, ChannelNorm, InputError, chunk_sizes, compute_dtype,
+from wan_causal import (MAX_POSITION, NEGATIVE_PROMPT, InputError, chunk_sizes, compile_for_inference, compute_dtype,
                         find_folder, format_steps, gaussian, latent_frames, load_checkpoint, load_dit,
-                        load_text_encoder, load_vae, model_defaults, ode_trajectory, parse_stage, processes, require,
-                        rollout, run_script, saved_steps, seeded, sigma_schedule, warped_steps)
+                        load_text_encoder, load_vae, model_defaults, ode_trajectory, parse_stage, processes,
+                        read_lines, require, rollout, run_script, saved_steps, seeded, sigma_schedule, warped_steps)
 
 
 def parse_args(argv=None):
@@ -100,27 +100,19 @@ def check(args):
         raise InputError('--overlap goes with neither --init nor --window: it is another way to make long videos')
 
 
-def read_lines(file):
-    """The lines of a text file that are not empty."""
-    try:
-        return [line.strip() for line in Path(file).read_text(encoding='utf-8').splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f'cannot read the prompts file {file}: {error}') from error
-
-
 def read_jobs(args):
     """What to make: [(prompt, seed, path)]. A prompt's file is --out itself, or in that folder its words and seed."""
     if args.jobs:
         if args.prompt or args.prompt_file:
             raise InputError('give prompts or --jobs, not both')
         try:
-            rows = [json.loads(line) for line in read_lines(args.jobs)]
+            rows = [json.loads(line) for line in read_lines(args.jobs) if line]
             jobs = [(str(row['prompt']), int(row['seed']), Path(row['out'])) for row in rows]
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f'{args.jobs} must hold lines such as {{"prompt": "a cat", "seed": 0, "out": "cat.mp4"}}: '
                              f'{error!r}') from error
     else:
-        prompts = args.prompt + (read_lines(args.prompt_file) if args.prompt_file else [])
+        prompts = args.prompt + [line for line in (read_lines(args.prompt_file) if args.prompt_file else []) if line]
         if args.out.endswith('.mp4') and len(prompts) > 1:
             raise InputError(f'--out {args.out} is one file, but there are {len(prompts)} prompts: give a folder')
         words = [re.sub(r'\W+', '_', prompt).strip('_')[:60] or 'video' for prompt in prompts]
@@ -317,13 +309,10 @@ def main():
             how = 'all frames at once' if args.bidirectional else f'chunks of {args.chunk} latent frames'
             process.print(f'timesteps {format_steps(args.timesteps)}; {how}')
         if args.compile:
-            for block in model.blocks:
-                block.before, block.after = torch.compile(block.before), torch.compile(block.after)
-            for layer in vae.decoder.modules():
-                if isinstance(layer, ChannelNorm):
-                    layer.compile(dynamic=True)
+            compile_for_inference(model, vae)
         if args.jobs:
             process.print(f'{len(jobs)} videos, {sum(not path.exists() for *_, path in jobs)} of them to be made')
+            process.barrier()  # counted before any is made
         for prompt, seed, path in jobs[process.rank::process.world]:
             if args.jobs and path.exists():
                 continue

@@ -20,10 +20,11 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
+import miniature  # noqa: E402
 from wan_causal import (  # noqa: E402
-    CONFIGS, KVCache, WanConfig, WanModel, WanVAE, block_causal, chunk_sizes, dit_diffusers_key, latent_frames,
-    rollout, vae_diffusers_key, warped_steps)
+    CONFIGS, KVCache, WanConfig, WanModel, WanVAE, block_causal, chunk_sizes, compile_for_inference, compute_dtype,
+    dit_diffusers_key, latent_frames, rollout, vae_diffusers_key, warped_steps)
 
 SIZES = {**CONFIGS, 'middle': WanConfig(dim=512, ffn_dim=2048, num_heads=8, num_layers=8, text_dim=64, text_len=32)}
 VAE_SIZES = {'tiny': dict(dim=16, num_res_blocks=1), 'middle': dict(dim=32, num_res_blocks=1)}  # else the real one
@@ -36,7 +37,7 @@ class Bench:
     def __init__(self, args):
         self.device = torch.device(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
         self.cuda = self.device.type == 'cuda'
-        self.dtype = getattr(torch, args.dtype or ('bfloat16' if self.cuda else 'float32'))
+        self.dtype = compute_dtype(args, self.device)
         self.warmup, self.repeats = args.warmup, args.repeats
         name = torch.cuda.get_device_name() if self.cuda else f'CPU, {torch.get_num_threads()} threads'
         print(f'{name}, torch {torch.__version__}, {self.dtype}, {self.warmup} warm-up runs, median of {self.repeats}')
@@ -99,35 +100,28 @@ def generate(args):
     context = torch.randn(args.batch, config.text_len, config.text_dim, device=bench.device, dtype=bench.dtype)
     cache = KVCache(config, args.batch, shape[2], tokens, rolling=False, dtype=bench.dtype, device=bench.device)
     if args.compile:
-        for block in model.blocks:
-            block.before, block.after = torch.compile(block.before), torch.compile(block.after)
+        compile_for_inference(model, vae)
 
-    def video(decode, times):
-        """One video; seconds after each chunk and in each part."""
-        start, memory = bench.now(), {}
-        parts = rollout(model, noise, context, warped_steps(), chunks, cache=cache)
-        while (chunk := next(parts, None)) is not None:
-            if times is not None:
-                times.setdefault('DiT', []).append(bench.now())
+    def video(decode=True, mark=lambda: None):
+        """One video; mark() is called after the DiT and after the decoder of each chunk."""
+        memory = {}
+        for chunk in rollout(model, noise, context, warped_steps(), chunks, cache=cache):
+            mark()
             if decode:
                 vae.decode(chunk.x0, memory)
-            if times is not None:
-                times.setdefault('decoder', []).append(bench.now())
-        return start
+            mark()
 
     for _ in range(args.warmup):
-        video(True, None)
+        video()
     if bench.cuda:
         torch.cuda.reset_peak_memory_stats()
-    dit, decoder, first = [], [], []
+    rows = []  # seconds of DiT, decoder, DiT, decoder, ...
     for _ in range(args.repeats):
-        times = {}
-        start = video(True, times)
-        ends = [start, *times['decoder']]
-        dit.append([b - a for a, b in zip(ends, times['DiT'])])
-        decoder.append([b - a for a, b in zip(times['DiT'], times['decoder'])])
-        first.append(times['decoder'][0] - start)
-    whole, alone = bench.seconds(lambda: video(True, None), lambda: video(False, None))
+        times = [bench.now()]
+        video(mark=lambda: times.append(bench.now()))
+        rows.append([b - a for a, b in zip(times, times[1:])])
+    median = [statistics.median(column) for column in zip(*rows)]
+    whole, alone = bench.seconds(video, lambda: video(decode=False))
     memory = torch.cuda.max_memory_allocated() / 2 ** 30 if bench.cuda else None
 
     operations, seen = 0, 0
@@ -136,13 +130,12 @@ def generate(args):
         seen += n
         operations += passes * dit_flops(config, n * tokens, seen * tokens, config.text_len, args.batch)
     speed, decoding = bench.flops(), decoder_flops(vae, shape)
-    median = [[statistics.median(row[i] for row in rows) for i in range(len(chunks))] for rows in (dit, decoder)]
     print(f'{args.size} at {w}x{h}, {frames} frames, batch {args.batch}, chunks of {args.chunk} latent frames'
           + (', compiled' if args.compile else ''))
     for name, value in [
-            ('DiT per chunk', ' '.join(f'{x:.3f}' for x in median[0]) + ' s'),
-            ('decoder per chunk', ' '.join(f'{x:.3f}' for x in median[1]) + ' s'),
-            ('first chunk', f'{statistics.median(first):.3f} s'),
+            ('DiT per chunk', ' '.join(f'{x:.3f}' for x in median[::2]) + ' s'),
+            ('decoder per chunk', ' '.join(f'{x:.3f}' for x in median[1::2]) + ' s'),
+            ('first chunk', f'{statistics.median(row[0] + row[1] for row in rows):.3f} s'),
             ('end to end, without text', f'{whole:.3f} s, {args.batch * frames / whole:.2f} FPS'),
             ('DiT alone', f'{alone:.3f} s, {args.batch * frames / alone:.2f} FPS'),
             ('matrix product here', f'{speed / 1e12:.2f} TFLOP/s'),
@@ -201,39 +194,33 @@ def peers(args):
     print(f'{"rollout of 7 chunks":<28}{cached:.3f} s  {plain:.3f} s  {plain / cached:.2f}x   with a cache, without')
 
 
-STAGES = {  # in the order of the papers; {data}: trajectories
-    'distill, bidirectional': 'distill_dmd.py', 'ODE': 'ode_init.py train --data {data}',
-    'reward forcing, last frame': 'reward_forcing.py', 'reward forcing, all frames': 'reward_forcing.py '
-    '--reward-frames all', **{f'distill, {h}': f'distill_dmd.py --student causal --history {h} --data {{data}}'
-                              for h in ('diffusion-forcing', 'teacher-forcing', 'self-forcing', 'raven')},
-    'CM-GRPO': 'cm_grpo.py'}
+STAGES = ('student', 'ode', 'reward', 'reward_all', 'causvid', 'teacher_forcing', 'self_forcing', 'raven',
+          'reward_cm')  # of the miniature
 
 
 def train(args, more):
     """Seconds and peak memory of a step of each stage, each run by its own command line with the same batch."""
     bench = Bench(args)
-    steps, rows = args.warmup + args.repeats, []
+    steps, medians = args.warmup + args.repeats, {}
     with tempfile.TemporaryDirectory() as folder:
         def run(*command):
             done = subprocess.run([sys.executable, *command, *more], cwd=ROOT, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(f'error: {command[0]} failed: {(done.stderr.strip() or done.stdout).splitlines()[-1]}')
         run('ode_init.py', 'sample', '--count', str(max(4, args.batch)), '--steps', '4', '--out', f'{folder}/data')
-        for name, line in STAGES.items():
-            out = Path(folder) / name
+        for name in STAGES:
+            line, out = miniature.STAGES[name][0], Path(folder) / name
             flags = ['--batch', str(args.batch), '--steps', str(steps), '--sample-every', '0', '--out', str(out)]
-            if line == STAGES['CM-GRPO']:
+            if name == 'reward_cm':
                 flags += ['--prompts-per-step', '1', '--group', str(args.batch)]
-            if args.init and name not in ('distill, bidirectional', 'ODE'):
+            if args.init and name not in ('student', 'ode'):
                 flags += ['--init', args.init]
             run(*line.format(data=f'{folder}/data').split(), *flags)
             logged = [json.loads(row) for row in (out / 'metrics.jsonl').read_text().splitlines()][args.warmup:]
-            seconds = statistics.median(row['seconds'] for row in logged)
-            rows.append((name, seconds, args.batch / seconds, max(row['peak_gib'] for row in logged)))
-            print('{:<28}{:8.2f} s a step  {:6.2f} videos/s  {:6.2f} GiB'.format(*rows[-1]), flush=True)
-    reference = dict((row[0], row[1]) for row in rows)
-    ratio = reference['distill, raven'] / reference['reward forcing, last frame']
-    print(f'a step of RAVEN takes {ratio:.2f} times as long as one of reward forcing ({bench.device})')
+            seconds = medians[name] = statistics.median(row['seconds'] for row in logged)
+            print(f'{name:<28}{seconds:8.2f} s a step  {args.batch / seconds:6.2f} videos/s  '
+                  f'{max(row["peak_gib"] for row in logged):6.2f} GiB', flush=True)
+    print(f'a step of RAVEN takes {medians["raven"] / medians["reward"]:.2f} times as long as one of reward forcing ({bench.device})')
 
 
 def main():

@@ -41,6 +41,8 @@ STAGES = {
     'reward_cm': ('cm_grpo.py', 'reward', 3),
     'reward_em': ('cm_grpo.py --policy em', 'reward', 3),
 }
+LONG = ('ode', 'reward', 'raven', 'self_forcing', 'causvid', 'teacher_forcing', 'raven_uniform', 'distill_reward')
+# LONG are also measured over rollouts three times as long as in training.
 
 CLAIMS = [  # what the papers say: (words, left figure, right figure, factor): left > factor x right
     ('ODE only has the motion (4-step student)', 'ode path', 'student path', 0.9),
@@ -61,19 +63,17 @@ CLAIMS = [  # what the papers say: (words, left figure, right figure, factor): l
 ]
 
 
-def figures(runs, figure):
-    """'run measurement' -> its values over the seeds that are there, from results.json or drift.json."""
-    run, key = figure.split()
-    file = runs / ('drift.json' if key.startswith(('first_', 'last_')) else 'results.json')
-    rows = json.loads(file.read_text()) if file.exists() else {}
-    return [row[key] for name, row in rows.items() if name.rsplit('-', 1)[0] == run]
-
-
 def claims_table(runs):
     """The papers' claims beside what was measured, as Markdown. A difference within the seeds' spread is unclear."""
+    files = [json.loads(f.read_text()) if f.exists() else {} for f in (runs / 'results.json', runs / 'drift.json')]
+    results, drift = map(tiny_world.by_run, files)
+
+    def figures(figure):  # 'run measurement' -> its values over the seeds that are there
+        run, key = figure.split()
+        return [row[key] for row in (drift if key.startswith('last_') else results).get(run, [])]
     lines = ['| the papers say | measured | holds |', '|---|---|---|']
     for words, left, right, factor in CLAIMS:
-        a, b = figures(runs, left), figures(runs, right)
+        a, b = figures(left), figures(right)
         if not a or not b:
             continue
         spread = max(statistics.stdev(x) if len(x) > 1 else 0 for x in (a, b))
@@ -93,7 +93,8 @@ def plan(runs, names, fast, seeds):
             wanted.add(STAGES[name][1])
     short = ['--steps', '2', '--batch', '1'] if fast else []
     data, count = runs / 'trajectories', ['--count', '2'] if fast else []
-    measure = ['--results', str(runs), *count]
+    measured = ['--results', str(runs), '--count', '2' if fast else '100']
+    measured_long = ['--results', str(runs), *count]
     jobs = {'trajectories': (['ode_init.py', 'sample', '--out', str(data), *count], [])}
     for name in (name for name in STAGES if name in wanted):
         line, start, number = STAGES[name]
@@ -106,11 +107,11 @@ def plan(runs, names, fast, seeds):
                 needs.append(before)
             jobs[out.name] = (command, needs + (['trajectories'] if '{data}' in line else []))
             file = str(out / 'model.safetensors')
-            jobs[f'{out.name} compare'] = (['tests/tiny_world.py', 'compare', file, *measure], [out.name])
+            jobs[f'{out.name} compare'] = (['tests/tiny_world.py', 'compare', file, *measured], [out.name])
             if name == 'student' and not fast:  # here, since the first runs are waited for
-                jobs['teacher compare'] = (['tests/tiny_world.py', 'compare', 'teacher', *measure], [])
-            if name != 'student':
-                jobs[f'{out.name} drift'] = (['tests/tiny_world.py', 'drift', file, *measure], [out.name])
+                jobs['teacher compare'] = (['tests/tiny_world.py', 'compare', 'teacher', *measured], [])
+            if name in LONG:
+                jobs[f'{out.name} drift'] = (['tests/tiny_world.py', 'drift', file, *measured_long], [out.name])
     return jobs
 
 

@@ -917,13 +917,18 @@ DRIFT = {f"{third}_{k}": f"{name}, {third}" for k, name in (
     ("path", "px per frame")) for third in ("first", "last")}
 
 
-def results_table(rows, columns=RESULTS):
-    """results.json or drift.json as a Markdown table: means over seeds, and their standard deviation."""
+def by_run(rows):
+    """label -> row, as run -> rows of its seeds."""
     runs = {}
     for name, row in rows.items():
         runs.setdefault(re.sub(r"-\d+$", "", name), []).append(row)
+    return runs
+
+
+def results_table(rows, columns=RESULTS):
+    """results.json or drift.json as a Markdown table: means over seeds, and their standard deviation."""
     lines = ["| run | seeds | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 2) + "|"]
-    for name, some in runs.items():
+    for name, some in by_run(rows).items():
         cells = []
         for key, title in columns.items():
             values = torch.tensor([row[key] for row in some], dtype=torch.float64) * (100 if "%" in title else 1)
