@@ -303,7 +303,7 @@ def train(args, process):
 
     # --- models
     folder = find_folder(args.model)
-    text, vae = load_text_encoder(folder, dtype, device), load_vae(folder, dtype, device)
+    text, vae = load_text_encoder(folder, dtype, device, args.offload_text), load_vae(folder, dtype, device)
     rewards, reward_weights = load_rewards(args, device)
     net = load_dit(folder)
     metadata = load_checkpoint(net, args.init)

@@ -241,7 +241,7 @@ def train(args, process):
 
     # --- models
     folder = find_folder(args.model)
-    text, vae = load_text_encoder(folder, dtype, device), load_vae(folder, dtype, device)
+    text, vae = load_text_encoder(folder, dtype, device, args.offload_text), load_vae(folder, dtype, device)
     reward = frame_reward(load_image_reward(args.reward_model, device)) if args.reward_weight else None
     net, critic_net = (trainable(load_dit(folder), args, device, dtype) for _ in range(2))
     metadata = load_checkpoint(net, args.init) if args.init else {}

@@ -108,6 +108,7 @@ def parse_args(argv=None):
         p.add_argument('--out', default='runs/trajectories', help='the folder of the shards')
         p.add_argument('--device', help='cpu or cuda (default: cuda if there is one)')
         p.add_argument('--dtype', choices=['float32', 'bfloat16'], help='default: bfloat16 on cuda, else float32')
+        p.add_argument('--offload-text', action='store_true', help='keep the text encoder off the GPU between prompts')
     args = parse_stage(p, f'ode_init {verb}', argv)
     if verb == 'sample' and (args.count < 1 or args.shard < 1):
         raise InputError(f'--count {args.count} and --shard {args.shard} must be at least 1')
@@ -134,7 +135,7 @@ def sample(args, process):
 
     # --- models
     model = load_dit(folder, dtype, device).eval()
-    text = load_text_encoder(folder, dtype, device)
+    text = load_text_encoder(folder, dtype, device, args.offload_text)
     shape = latent_shape(args, model.config)
     negative = text([args.negative])
 
@@ -197,7 +198,7 @@ def train(args, process):
 
     # --- models
     folder = find_folder(args.model)
-    text, vae = load_text_encoder(folder, dtype, device), load_vae(folder, dtype, device)
+    text, vae = load_text_encoder(folder, dtype, device, args.offload_text), load_vae(folder, dtype, device)
     net = trainable(load_dit(folder), args, device, dtype)
     if args.init:
         require(load_checkpoint(net, args.init), args.init, kind='bidirectional')

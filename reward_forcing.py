@@ -93,7 +93,7 @@ def train(args, process):
 
     # --- models
     folder = find_folder(args.model)
-    text, vae = load_text_encoder(folder, dtype, device), load_vae(folder, dtype, device)
+    text, vae = load_text_encoder(folder, dtype, device, args.offload_text), load_vae(folder, dtype, device)
     reward = load_reward(args, device)
     net = trainable(load_dit(folder), args, device, dtype)
     metadata = load_checkpoint(net, args.init)

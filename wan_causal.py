@@ -235,12 +235,12 @@ def attend(q, k, v, visible=None, backend='auto'):
     all. A mask over whole frames is a union of full rectangles, so there are two exact ways to compute it:
     'rectangles', one unmasked scaled_dot_product_attention per group of query frames that see the same keys, which
     needs no compiler and runs anywhere; and 'flex', one flex-attention kernel, the faster one on CUDA when there are
-    many groups. 'auto' takes flex for many groups on CUDA, else rectangles (flex has no backward on CPU).
+    many groups. 'auto' takes flex for more than two groups on CUDA, else rectangles (flex has no backward on CPU).
     """
     if visible is None:
         return F.scaled_dot_product_attention(q, k, v)
     tokens = q.shape[2] // len(visible)
-    if backend == 'flex' or (backend == 'auto' and q.is_cuda and len(set(visible)) > 1):
+    if backend == 'flex' or (backend == 'auto' and q.is_cuda and len(set(visible)) > 2):
         if q.is_cuda:
             return compiled_flex()(q, k, v, block_mask=flex_mask(visible, tokens, q.device))
         from torch.nn.attention.flex_attention import flex_attention  # eager: slow, forward only, good for proofs
@@ -297,13 +297,16 @@ class KVCache:
             raise ValueError(f'latent frames {start} to {start + count - 1} do not fit a cache of {self.frames}')
         return [p if p < self.frames else self.sink + (p - self.sink) % ring for p in range(start, start + count)]
 
-    def claim(self, start, count):
-        """Give the slots to new frames and return (slots, which slots are visible to them)."""
+    def claim(self, start, layout):
+        """Give slots to new frames and return (slots, the slots that each sees): all earlier frames, and each other as
+        `layout` says."""
+        count = len(layout)
         slots = self.slots_for(start, count)
         for i, slot in enumerate(slots):
             self.position[slot] = start + i
-        visible = tuple(p is not None and p < start + count for p in self.position)
-        return slots, None if all(visible) else (visible,) * count
+        visible = tuple(tuple(p is not None and (p < start or p < start + count and layout.sees(q, p - start))
+                              for p in self.position) for q in range(count))
+        return slots, None if all(map(all, visible)) else visible
 
     def write(self, layer, slots, k, v):
         """Store new keys and values (B, N, count * S, D) and return the whole buffers. Not differentiable."""
@@ -539,9 +542,10 @@ class WanModel(nn.Module):
         t        timesteps in [0, 1000], one per sample (B,) or per latent frame (B, F).
         context  (B, L', text_dim) text embeddings; ignored when the cache already holds the prompt.
         layout   positions and visibility of the frames; default: `bidirectional`.
-        cache    a KVCache: the frames are one chunk at positions start, start + 1, ... that sees what the cache holds.
+        cache    a KVCache: the frames are a chunk at positions start, start + 1, ... that sees what the cache holds.
                  Without gradient its keys and values are written into the cache (a clean pass at t = 0 after the
-                 last step leaves the history there). With gradient nothing is written and the history is a constant.
+                 last step leaves the history there), and it may be several chunks, if the layout says who sees whom.
+                 With gradient nothing is written and the history is a constant.
         Returns v (B, C, F, H, W), float32.
         """
         self.check_input(x, t, context, layout, cache)
@@ -560,14 +564,13 @@ class WanModel(nn.Module):
         B, C, F_, H, W = x.shape
         p, q = H // self.config.patch_size[1], W // self.config.patch_size[2]
         dtype, write = self.dtype, cache is not None and not torch.is_grad_enabled()
-        if cache is None:
-            layout = layout or bidirectional(F_)
-            position, visible = layout.position, layout.visible
-        else:
-            position, visible = tuple(range(start, start + F_)), None
+        layout = layout or bidirectional(F_)
+        position, visible = layout.position, layout.visible if cache is None else None
+        if cache is not None:
+            position = tuple(start + p for p in position)
         rope = rope_table(position, p, q, self.config.dim // self.config.num_heads, x.device)
         if write:
-            slots, visible = cache.claim(start, F_)
+            slots, visible = cache.claim(start, layout)
 
         e = self.time_embedding(sinusoid(t.view(B, -1), self.config.freq_dim).to(dtype))  # (B, F or 1, C)
         e6 = self.time_projection(e).unflatten(-1, (6, -1)).float()
@@ -603,8 +606,10 @@ class WanModel(nn.Module):
             raise ValueError(f't must be (B,) or (B, F): {shapes}')
         if context.ndim != 3 or context.shape[0] != x.shape[0] or context.shape[2] != c.text_dim:
             raise ValueError(f'context must be (B, tokens, {c.text_dim}): {shapes}')
-        if layout is not None and (len(layout) != x.shape[2] or cache is not None):
-            raise ValueError(f'a layout of {len(layout)} frames (and no cache) is for x of as many frames: {shapes}')
+        if layout is not None and len(layout) != x.shape[2]:
+            raise ValueError(f'a layout of {len(layout)} frames is for x of as many frames: {shapes}')
+        if layout is not None and cache is not None and torch.is_grad_enabled():
+            raise ValueError('a forward with cache and gradient takes one chunk, so no layout')
         if cache is not None and (cache.k[0].shape[0] != x.shape[0] or cache.tokens * 4 != x.shape[3] * x.shape[4]):
             raise ValueError(f'a cache for batch {cache.k[0].shape[0]} and {cache.tokens} tokens per frame: {shapes}')
 
@@ -876,20 +881,37 @@ def clean_text(text):
 
 
 class TextEncoder:
-    """UMT5 encoder and tokenizer: prompts -> (B, text_len, text_dim), rows past each prompt's length zero."""
+    """UMT5 encoder and tokenizer: prompts -> (B, text_len, text_dim), rows past each prompt's length zero.
 
-    def __init__(self, encoder, tokenizer):
+    A prompt is encoded once and by itself, so that its embedding does not depend on its neighbours, and the last 2048
+    are kept in CPU memory. offload: the encoder (11 GB for UMT5-XXL) is on `device` only while it encodes.
+    """
+
+    def __init__(self, encoder, tokenizer, device='cpu', offload=False):
         self.encoder, self.tokenizer = encoder.eval().requires_grad_(False), tokenizer
+        self.device, self.offload = device, offload
         self.text_len = min(512, tokenizer.model_max_length)
         self.dim = encoder.config.d_model
+        self.rows = functools.lru_cache(2048)(self.encode)
 
     @torch.no_grad()
-    def __call__(self, prompts):
-        """list of str -> (B, text_len, text_dim) in the encoder's dtype, on its device."""
-        tokens = self.tokenizer([clean_text(p) for p in prompts], padding='max_length', max_length=self.text_len,
-                                truncation=True, add_special_tokens=True, return_tensors='pt').to(self.encoder.device)
+    def encode(self, prompt):
+        """str -> (its number of tokens, text_dim), on the CPU."""
+        self.encoder.to(self.device)
+        tokens = self.tokenizer(clean_text(prompt), padding='max_length', max_length=self.text_len, truncation=True,
+                                add_special_tokens=True, return_tensors='pt').to(self.device)
         out = self.encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
-        return out * tokens.attention_mask.unsqueeze(-1).to(out.dtype)
+        return out[tokens.attention_mask.bool()].cpu()
+
+    def __call__(self, prompts):
+        """list of str -> (B, text_len, text_dim) in the encoder's dtype, on `device`."""
+        rows = [self.rows(p) for p in prompts]
+        if self.offload:
+            self.encoder.to('cpu')
+        out = torch.zeros(len(rows), self.text_len, self.dim, dtype=self.encoder.dtype)
+        for padded, row in zip(out, rows):
+            padded[:len(row)] = row
+        return out.to(self.device)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -917,8 +939,9 @@ def rollout(model, noise, context, steps, chunks, *, window=None, sink=0, init=N
     """Generate a video chunk by chunk with the KV cache, and yield each `Chunk` as soon as it exists.
 
     Each chunk is denoised by the consistency sampler (CausVid, Self Forcing alg. 1): from x_t predict x0, and
-    re-noise it with fresh noise to the next of `steps`. The last prediction is the endpoint. One more forward of the
-    endpoint at t = 0 leaves the chunk's clean keys and values in the cache; the last chunk needs none.
+    re-noise it with fresh noise to the next of `steps`. The last prediction is the endpoint. The endpoint's forward at
+    t = 0, which leaves the chunk's clean keys and values in the cache, shares a pass with the next chunk's first step,
+    unless that carries gradient or the cache rolls; the last chunk needs none.
 
     model      the DiT (or its DDP wrapper).
     noise      (B, C, F, H, W): the pure noise that the F new latent frames start from.
@@ -948,8 +971,15 @@ def rollout(model, noise, context, steps, chunks, *, window=None, sink=0, init=N
         cache = KVCache(net.config, B, min(window or begin + F_, begin + F_), H * W // 4, sink, window is not None,
                         net.dtype, noise.device)
 
-    def forward(x, t, start):
-        return model(x, torch.full((B,), float(t), device=x.device), context, cache=cache, start=start)
+    def forward(x, t, start, before=None):
+        """v of a chunk; `before`: the endpoint of the chunk before it, which goes into the cache in the same pass."""
+        t = torch.full((B, x.shape[2]), float(t), device=x.device)
+        if before is None:
+            return model(x, t[:, 0], context, cache=cache, start=start)
+        n = before.shape[2]
+        t = torch.cat([torch.zeros(B, n, device=x.device), t], dim=1)
+        layout = block_causal([n, x.shape[2]])
+        return model(torch.cat([before, x], dim=2), t, context, layout, cache, start - n)[:, :, n:]
 
     if begin:
         start = 0
@@ -957,13 +987,18 @@ def rollout(model, noise, context, steps, chunks, *, window=None, sink=0, init=N
             with torch.no_grad():
                 forward(init[:, :, start:start + n], 0, start)
             start += n
-    start = begin
-    for i, n in enumerate(chunks):
+    start, before = begin, None  # the chunk before, while it is not in the cache
+    for n in chunks:
         x, chunk = noise[:, :, start - begin:start - begin + n], Chunk(start, None, [], [])
         for k, t in enumerate(steps):
             carries = k == exit_step and start >= grad_from and torch.is_grad_enabled()
+            if before is not None and (carries or cache.rolling):
+                with torch.no_grad():
+                    forward(before, 0, start - before.shape[2])
+                before = None
             with torch.set_grad_enabled(carries):
-                x0 = x0_from_v(x, forward(x, t, start), t)
+                x0 = x0_from_v(x, forward(x, t, start, before), t)
+            before = None
             if record:
                 chunk.states.append(x)
                 chunk.endpoints.append(x0.detach())
@@ -973,10 +1008,7 @@ def rollout(model, noise, context, steps, chunks, *, window=None, sink=0, init=N
             x = mean + std * gaussian(x0.shape, generator, x0.device)
         chunk.x0 = x0
         yield chunk
-        start += n
-        if i < len(chunks) - 1:
-            with torch.no_grad():
-                forward(x0.detach(), 0, start - n)
+        start, before = start + n, x0.detach()
 
 
 @torch.no_grad()
@@ -1446,7 +1478,7 @@ def vae_sizes(state, source):
         raise InputError(f'{source} is not a Wan 2.1 VAE: its keys are not those of Wan2.1_VAE.pth') from error
 
 
-def load_text_encoder(name, dtype=torch.float32, device='cpu'):
+def load_text_encoder(name, dtype=torch.float32, device='cpu', offload=False):
     """The UMT5 encoder and tokenizer of a model folder or hub repository, as a `TextEncoder`."""
     from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
     file = 'models_t5_umt5-xxl-enc-bf16.pth'
@@ -1454,7 +1486,7 @@ def load_text_encoder(name, dtype=torch.float32, device='cpu'):
     try:
         if is_diffusers(folder):
             encoder = UMT5EncoderModel.from_pretrained(folder / 'text_encoder', dtype=dtype)
-            return TextEncoder(encoder.to(device), AutoTokenizer.from_pretrained(folder / 'tokenizer'))
+            return TextEncoder(encoder, AutoTokenizer.from_pretrained(folder / 'tokenizer'), device, offload)
         tokenizer = AutoTokenizer.from_pretrained(folder / 'google/umt5-xxl')
     except (OSError, ValueError) as error:
         raise InputError(f'cannot load the text encoder of {folder}: {str(error).splitlines()[0]}') from error
@@ -1469,7 +1501,7 @@ def load_text_encoder(name, dtype=torch.float32, device='cpu'):
             relative_attention_num_buckets=state[attention + 'relative_attention_bias.weight'].shape[0],
             relative_attention_max_distance=128, feed_forward_proj='gated-gelu', layer_norm_epsilon=1e-6))
     state['encoder.embed_tokens.weight'] = state['shared.weight']  # tied
-    return TextEncoder(load_exactly(encoder, state, folder / file).to(device, dtype), tokenizer)
+    return TextEncoder(load_exactly(encoder, state, folder / file).to(dtype), tokenizer, device, offload)
 
 
 def load_image_reward(name, device='cpu'):
@@ -1763,6 +1795,7 @@ def training_flags(p, **paper):
     g.add_argument('--device', help='cpu or cuda (default: cuda if there is one)')
     g.add_argument('--dtype', choices=['float32', 'bfloat16'],
                    help='of the computation; trained weights are float32 (default: bfloat16 on cuda, else float32)')
+    g.add_argument('--offload-text', action='store_true', help='keep the text encoder off the GPU between prompts')
     g.add_argument('--checkpointing', action=argparse.BooleanOptionalAction, default=True,
                    help='recompute activations in the backward pass: less memory, more time')
     p.set_defaults(**paper)

@@ -164,9 +164,12 @@ def peers(args):
     their_vae = AutoencoderKLWan(base_dim=sizes['dim'], num_res_blocks=sizes['num_res_blocks'])
     their_vae.load_state_dict({vae_diffusers_key(k, sizes['num_res_blocks']): v for k, v in vae.state_dict().items()})
     their_vae = their_vae.to(bench.device, bench.dtype).eval()
+    if args.compile:
+        compile_for_inference(model, vae)
     context = torch.randn(1, config.text_len, config.text_dim, device=bench.device, dtype=bench.dtype)
     t = torch.tensor([500.0], device=bench.device)
-    print(f'{args.size} at {w}x{h}; seconds here and in diffusers, and how many times as fast')
+    print(f'{args.size} at {w}x{h}; seconds here{" (compiled)" if args.compile else ""} and in diffusers, and how many '
+          'times as fast')
     rows = []
     for name, frames in (('forward, 3 latent frames', 3), ('forward, 21 latent frames', 21)):
         x = torch.randn(1, 16, frames, h // 8, w // 8, device=bench.device, dtype=bench.dtype)
@@ -232,7 +235,7 @@ def main():
     p.add_argument('--frames', type=int, help='video frames, 1 + 4k')
     p.add_argument('--chunk', type=int, default=3, help='latent frames per chunk')
     p.add_argument('--batch', type=int, default=1, help='videos at once')
-    p.add_argument('--compile', action='store_true', help='generate: compile the blocks')
+    p.add_argument('--compile', action='store_true', help='generate, peers: compile ours')
     p.add_argument('--init', help='train: the causal generator to start from (default: the tiny model\'s)')
     p.add_argument('--warmup', type=int, default=1, help='runs that do not count')
     p.add_argument('--repeats', type=int, default=3, help='runs of which the median counts')

@@ -292,6 +292,16 @@ def test_wans_own_layout(tmp_path, shards):
     assert (out[1, 2:] == 0).all()
 
 
+def test_a_prompt_is_encoded_once_and_alone(tmp_path):
+    write_original(tmp_path / "wan")
+    text, encoded = wc.load_text_encoder(tmp_path / "wan", offload=True), []
+    text.encoder.register_forward_hook(lambda module, args, out: encoded.append(out.last_hidden_state.shape[0]))
+    out = text(["a red circle", "a", "a red circle"])
+    assert encoded == [1, 1]
+    assert torch.equal(out[0], out[2]) and torch.equal(text(["a", "a red circle"]), out[[1, 0]])
+    assert encoded == [1, 1]
+
+
 def test_diffusers_layout(tmp_path):
     dit, vae = write_original(tmp_path / "wan")
     write_diffusers(tmp_path / "hf", dit, vae)

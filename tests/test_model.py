@@ -310,6 +310,26 @@ def test_rollout_reuses_a_cache():
     assert all(torch.equal(a.x0, b.x0) for a, b in zip(first, again))
 
 
+@pytest.mark.parametrize("chunks", [[3, 3, 3], [1, 2, 3, 1]])
+def test_a_chunk_enters_the_cache_in_the_next_one_s_first_pass(chunks):
+    """One forward per chunk fewer than in a ring, where it has a pass of its own, for the same video."""
+    model, passes = random_dit().requires_grad_(False), []
+    model.register_forward_hook(lambda module, given, v: passes.append(v.shape[2]))
+    together = run_rollout(model, chunks)
+    assert len(passes) == len(STEPS) * len(chunks)
+    assert passes[len(STEPS)] == chunks[0] + chunks[1]
+    apart = run_rollout(model, chunks, window=sum(chunks))
+    assert len(passes) == len(STEPS) * len(chunks) * 2 + len(chunks) - 1
+    for a, b in zip(together, apart):
+        close(a.x0, b.x0)
+
+
+def test_several_chunks_in_a_cache_need_no_grad():
+    model, cache = random_dit(), wc.KVCache(random_dit().config, 2, 6, 6)
+    with pytest.raises(ValueError, match="one chunk"):
+        model(random_latents(2, 16, 6, 4, 6), torch.zeros(2, 6), CONTEXT, wc.block_causal([3, 3]), cache)
+
+
 def test_rollout_leaves_the_grad_mode_alone():
     assert torch.is_grad_enabled()
     for _ in run_rollout_stream(random_dit(), [3, 3], None):
