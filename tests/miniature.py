@@ -5,7 +5,8 @@
     python tests/miniature.py --fast            # every stage for a few steps: shows that it runs, proves nothing
 
 Each stage leaves RUNS/<name>-<seed>/model.safetensors; what it shows of held-out captions goes to RUNS/results.json and
-RUNS/drift.json (`tests/tiny_world.py compare` and `drift`), and the tables of both are printed at the end.
+RUNS/drift.json (`tests/tiny_world.py compare` and `drift`). At the end the tables of both and of the papers' claims are
+printed, and drawn: claims.svg, curves.svg (rewards of CM-GRPO), generators.mp4 (a column for each run).
 """
 import argparse
 import json
@@ -30,7 +31,7 @@ STAGES = {
     'ode': ('ode_init.py train --data {data}', 'student', 1),
     'reward': ('reward_forcing.py', 'ode', 3),
     'reward_random': ('reward_forcing.py --reward-frames random', 'ode', 3),
-    'reward_all': ('reward_forcing.py --reward-frames all', 'ode', 3),
+    'reward_all': ('reward_forcing.py --reward-frames all --batch 1', 'ode', 3),  # 57 decoded frames each cost enough
     'raven': ('distill_dmd.py --student causal --history raven', 'ode', 3),
     'self_forcing': ('distill_dmd.py --student causal --history self-forcing', 'ode', 3),
     'causvid': ('distill_dmd.py --student causal --history diffusion-forcing --data {data}', 'ode', 3),
@@ -63,26 +64,51 @@ CLAIMS = [  # what the papers say: (words, left figure, right figure, factor): l
 ]
 
 
-def claims_table(runs):
-    """The papers' claims beside what was measured, as Markdown. A difference within the seeds' spread is unclear."""
+def claims(runs):
+    """Of each claim what was measured: (words, left figure, its values over the seeds, right figure, its values, factor,
+    spread, verdict). A difference within the larger spread of the two over their seeds is unclear."""
     files = [json.loads(f.read_text()) if f.exists() else {} for f in (runs / 'results.json', runs / 'drift.json')]
     results, drift = map(tiny_world.by_run, files)
 
     def figures(figure):  # 'run measurement' -> its values over the seeds that are there
         run, key = figure.split()
         return [row[key] for row in (drift if key.startswith('last_') else results).get(run, [])]
-    lines = ['| the papers say | measured | holds |', '|---|---|---|']
     for words, left, right, factor in CLAIMS:
         a, b = figures(left), figures(right)
-        if not a or not b:
-            continue
-        spread = max(statistics.stdev(x) if len(x) > 1 else 0 for x in (a, b))
-        gap = statistics.mean(a) - factor * statistics.mean(b)
-        verdict = 'unclear' if abs(gap) < spread else 'yes' if gap > 0 else 'no'
+        if a and b:
+            spread = max(statistics.stdev(x) if len(x) > 1 else 0 for x in (a, b))
+            gap = statistics.mean(a) - factor * statistics.mean(b)
+            verdict = 'unclear' if abs(gap) < spread else 'yes' if gap > 0 else 'no'
+            yield words, left, a, right, b, factor, spread, verdict
+
+
+def claims_table(runs):
+    """The papers' claims beside what was measured, as Markdown."""
+    lines = ['| the papers say | measured | holds |', '|---|---|---|']
+    for words, left, a, right, b, factor, spread, verdict in claims(runs):
         times = '' if factor == 1 else f'{factor} × '
         lines.append(f'| {words} | {left} {statistics.mean(a):.2f} against {times}{right} {statistics.mean(b):.2f} '
                      f'(spread {spread:.2f}, {len(a)} and {len(b)} seeds) | {verdict} |')
     return '\n'.join(lines)
+
+
+def draw_claims(path, rows, width=760, line=24):
+    """`claims` as an SVG: for each a bar of what is claimed to be larger, the line being what it is compared with."""
+    colours = {'yes': '#2a8f4a', 'no': '#d1541f', 'unclear': '#999'}
+    height, zero, unit = line * len(rows) + 40, 500, 150  # the line's place; pixels per 100 %
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+             f'font-size="12"><rect width="100%" height="100%" fill="white"/>']
+    for i, (words, _, a, _, b, factor, spread, verdict) in enumerate(rows):
+        scale = abs(factor * statistics.mean(b)) or 1
+        gap = unit * (statistics.mean(a) - factor * statistics.mean(b)) / scale
+        gap, error, y = max(-unit, min(gap, 1.4 * unit)), unit * spread / scale, 20 + line * i
+        parts.append(f'<text x="8" y="{y + 12}">{words}</text>'
+                     f'<rect x="{zero + min(gap, 0):.1f}" y="{y}" width="{abs(gap):.1f}" height="16" '
+                     f'fill="{colours[verdict]}"><title>{verdict}</title></rect>'
+                     f'<path d="M{zero + gap - error:.1f} {y + 8}h{2 * error:.1f}" stroke="black"/>')
+    parts.append(f'<path d="M{zero} 10V{height - 24}" stroke="black"/><text x="{width - 8}" y="{height - 8}" '
+                 'text-anchor="end">to the right: as the papers say; green yes, red no, grey unclear</text></svg>')
+    path.write_text('\n'.join(parts) + '\n')
 
 
 def plan(runs, names, fast, seeds):
@@ -112,6 +138,10 @@ def plan(runs, names, fast, seeds):
                 jobs['teacher compare'] = (['tests/tiny_world.py', 'compare', 'teacher', *measured], [])
             if name in LONG:
                 jobs[f'{out.name} drift'] = (['tests/tiny_world.py', 'drift', file, *measured_long], [out.name])
+    first = [name for name in jobs if name.endswith('-0')]
+    files = [str(runs / name / 'model.safetensors') for name in first]
+    jobs[f'video of {len(first)} runs'] = (['tests/tiny_world.py', 'picture', *files, '--to', str(runs / 'generators.mp4'),
+                      '--captions', '1' if fast else '4'], first)
     return jobs
 
 
@@ -207,6 +237,7 @@ def main():
         if (runs / file).exists():
             print(tiny_world.results_table(json.loads((runs / file).read_text()), columns), '\n')
     print(claims_table(runs))
+    draw_claims(runs / 'claims.svg', list(claims(runs)))
     curves = {name: read_curves(runs, name, 'reward_imagereward', 10) for name in ('raven_cm', 'reward_cm', 'reward_em')
               if (runs / f'{name}-0/metrics.jsonl').exists()}
     if curves:

@@ -1,5 +1,6 @@
 """The miniature's plan and its runner; the stages themselves are run by the other tests."""
 import json
+import re
 from pathlib import Path
 
 import miniature
@@ -21,7 +22,7 @@ def test_a_run_comes_after_what_it_starts_from(tmp_path):
             assert set(needs) <= seen
             for word in command:  # whatever it reads below the runs' folder is written by a job that it waits for
                 before = command[command.index(word) - 1]
-                if word.startswith(str(tmp_path)) and before in ("--init", "--data", "compare", "drift"):
+                if word.startswith(str(tmp_path)) and before in ("--init", "--data", "compare", "drift", "picture"):
                     assert Path(word).relative_to(tmp_path).parts[0] in needs
             seen.add(name)
     assert {"raven-0", "ode-0", "student-0", "trajectories"} <= set(miniature.plan(tmp_path, ["raven_cm"], True, 2))
@@ -63,3 +64,8 @@ def test_claims(tmp_path):
     verdicts = [line.split(" | ")[-1].strip(" |") for line in miniature.claims_table(tmp_path).splitlines()[2:]]
     assert verdicts == ["yes", "yes", "unclear", "no", "no"]
     assert "against 0.9 × student path 1.00" in miniature.claims_table(tmp_path)
+    miniature.draw_claims(tmp_path / "claims.svg", list(miniature.claims(tmp_path)))
+    bars = re.findall(r'<rect x="([^"]+)" y="\d+" width="([^"]+)".*?<title>(\w+)', (tmp_path / "claims.svg").read_text())
+    assert [verdict for *_, verdict in bars] == verdicts
+    assert bars[0][:2] == ("500.0", "50.0")  # ODE's path is a third above 0.9 of the student's
+    assert float(bars[4][0]) + float(bars[4][1]) == 500  # to the left of the line

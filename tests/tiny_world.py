@@ -954,16 +954,20 @@ def evaluate(out, count=200):
 
 
 def picture(out, generators, path, count=6, columns=5):
-    """Frames of generators on held-out captions, as one PNG: a row per caption and generator, time to the right."""
+    """Generators on held-out captions: a .png with a row per caption and generator and time to the right, or an .mp4
+    with a row per caption and a column per generator."""
     import imageio
     held_out = split()[1]  # each texture in turn, from all over the list
     captions = [next(c for c in held_out[200 // count * i:] if parse(c)["texture"] == TEXTURES[(i + 1) % 4])
                 for i in range(count)]
-    video = torch.stack([sample(out, name, captions) for name in generators], dim=1).flatten(0, 1)
-    frames = video[:, :, torch.linspace(0, video.shape[2] - 1, columns).round().long()]  # (rows, 3, columns, 64, 64)
-    frames = torch.nn.functional.interpolate(frames.flatten(0, 1), scale_factor=2).unflatten(0, (len(video), 3))
-    sheet = frames.permute(0, 3, 2, 4, 1).flatten(2, 3).flatten(0, 1)  # (rows 128, columns 128, 3)
-    imageio.v3.imwrite(path, ((sheet + 1) * 127.5).round().to(torch.uint8).numpy())
+    video = torch.stack([sample(out, name, captions) for name in generators])  # (G, N, 3, T, 64, 64)
+    video = torch.nn.functional.interpolate(video.flatten(0, 2), scale_factor=2).view(*video.shape[:4], 128, 128)
+    if path.suffix == ".mp4":
+        sheet, rate = video.permute(3, 1, 4, 0, 5, 2).flatten(3, 4).flatten(1, 2), {"fps": 16}  # (T, N 128, G 128, 3)
+    else:
+        some = video[:, :, :, torch.linspace(0, video.shape[3] - 1, columns).round().long()]
+        sheet, rate = some.permute(1, 0, 4, 3, 5, 2).flatten(3, 4).flatten(0, 2), {}  # (N G 128, columns 128, 3)
+    imageio.v3.imwrite(path, ((sheet + 1) * 127.5).round().to(torch.uint8).numpy(), **rate)
     print("\n".join(captions))
 
 
@@ -1000,7 +1004,8 @@ def main():
                              "file and its name")
     parser.add_argument("--count", type=int, help="for compare and drift: held-out captions (default: 200 and 40)")
     parser.add_argument("--seed", type=int, default=0, help="for compare and drift: of the noise")
-    parser.add_argument("--png", type=Path, default=Path(__file__).parent / "frames.png", help="for picture: the file")
+    parser.add_argument("--to", type=Path, default=Path(__file__).parent / "frames.png",
+                        help="for picture: the file, .png or .mp4")
     parser.add_argument("--captions", type=int, default=6, help="for picture: how many")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny", help="the model folder")
     parser.add_argument("--results", type=Path, help="for compare and drift: where figures are kept (default: --out)")
@@ -1016,7 +1021,7 @@ def main():
     elif args.verb == "drift":
         drift(args.out, args.generators, args.results or args.out, args.count or 40, args.seed)
     elif args.verb == "picture":
-        picture(args.out, args.generators, args.png, args.captions)
+        picture(args.out, args.generators, args.to, args.captions)
     else:
         print(json.dumps(evaluate(args.out), indent=1))
 
