@@ -4,6 +4,7 @@
     python tests/bench.py peers --size middle                   # the same work through diffusers, as ratios
     python tests/bench.py train                                 # a step of every stage, on the tiny model
     python tests/bench.py train -- --model DIR --frames 81      # what follows -- goes to every stage
+    python tests/bench.py memory --size 1.3B                    # what every stage must hold, counted, on any machine
 
 Times are medians. The limit that `generate` prints is counted: floating-point operations of the DiT in closed form, of
 the decoder by torch's counter, over what this machine's own matrix product reaches in the same run.
@@ -21,10 +22,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
+import cm_grpo  # noqa: E402
 import miniature  # noqa: E402
 from wan_causal import (  # noqa: E402
-    CONFIGS, KVCache, WanConfig, WanModel, WanVAE, block_causal, chunk_sizes, compile_for_inference, compute_dtype,
-    dit_diffusers_key, latent_frames, rollout, vae_diffusers_key, warped_steps)
+    CONFIGS, ImageReward, KVCache, WanConfig, WanModel, WanVAE, block_causal, chunk_sizes, compile_for_inference,
+    compute_dtype, dit_diffusers_key, latent_frames, rollout, vae_diffusers_key, warped_steps)
 
 SIZES = {**CONFIGS, 'middle': WanConfig(dim=512, ffn_dim=2048, num_heads=8, num_layers=8, text_dim=64, text_len=32)}
 VAE_SIZES = {'tiny': dict(dim=16, num_res_blocks=1), 'middle': dict(dim=32, num_res_blocks=1)}  # else the real one
@@ -223,12 +225,51 @@ def train(args, more):
             seconds = medians[name] = statistics.median(row['seconds'] for row in logged)
             print(f'{name:<28}{seconds:8.2f} s a step  {args.batch / seconds:6.2f} videos/s  '
                   f'{max(row["peak_gib"] for row in logged):6.2f} GiB', flush=True)
-    print(f'a step of RAVEN takes {medians["raven"] / medians["reward"]:.2f} times as long as one of reward forcing ({bench.device})')
+    print(f'a step of RAVEN takes {medians["raven"] / medians["reward"]:.2f} times as long as one of reward forcing '
+          f'({bench.device})')
+
+
+def memory(args):
+    """What each stage must hold on a GPU per process, in GiB: counted from the sizes, nothing is allocated. A trained
+    weight takes 20 bytes (float32 value, gradient, two moments, average), a frozen one 2 (bfloat16)."""
+    from transformers import UMT5Config, UMT5EncoderModel
+    h, w, frames = (given or default for given, default in zip(
+        (args.height, args.width, args.frames), PICTURE.get(args.size, (480, 832, 81))))
+    tokens, config = latent_frames(frames) * h * w // 256, SIZES[args.size]
+
+    def weights(model):
+        return sum(p.numel() for p in model.parameters())
+    with torch.device('meta'):
+        dit, big = weights(WanModel(config)), weights(WanModel(CONFIGS['14B']))
+        vae, judge = weights(WanVAE(**VAE_SIZES.get(args.size, {}))), weights(ImageReward())
+        text = weights(UMT5EncoderModel(UMT5Config(vocab_size=256384, d_model=4096, d_ff=10240, d_kv=64, num_heads=64,
+                                                   num_layers=24, feed_forward_proj='gated-gelu')))
+        lora = WanModel(config)
+        cm_grpo.add_lora(lora, 256, 256, 0)
+    lora = sum(p.numel() for p in lora.parameters() if p.requires_grad)
+    cache = args.batch * 4 * config.num_layers * config.dim * tokens  # keys and values, 2 bytes each
+    inputs = cache / 2  # what checkpointing keeps of a forward with gradient: the input of each block
+    fixed = 2 * vae
+    stages = {  # bytes
+        'generate.py': 2 * dit + fixed + cache,
+        'ode_init.py sample': 2 * dit,
+        'ode_init.py train': 20 * dit + fixed + inputs,
+        'reward_forcing.py': 20 * dit + fixed + 4 * judge + cache + inputs / latent_frames(frames) * args.chunk,
+        'distill_dmd.py, self-forcing': (20 + 16 + 2) * dit + fixed + cache + inputs,
+        'distill_dmd.py, raven': (20 + 16 + 2) * dit + fixed + cache + 2 * inputs,  # clean and noisy frames
+        'the same, 14B teacher': (20 + 16) * dit + 2 * big + fixed + cache + 2 * inputs,
+        'cm_grpo.py, LoRA 256': 4 * (dit + judge) + 20 * lora + fixed + cache + 2 * inputs}
+    print(f'{args.size} at {w}x{h}, {frames} frames, batch {args.batch}: GiB, without what a layer needs while it '
+          f'computes\nthe text encoder, where it is kept on the GPU (not with --offload-text): {2 * text / 2 ** 30:.1f}')
+    for name, value in stages.items():
+        value /= 2 ** 30
+        card = next((f'below a card of {c} GB' for c in (24, 48, 80) if value < c * 1e9 / 2 ** 30), 'more than 80 GB')
+        print(f'{name:<30}{value:6.1f}  {card}')
 
 
 def main():
     p = argparse.ArgumentParser(description='Speed and memory of this project on this machine.')
-    p.add_argument('verb', choices=['generate', 'peers', 'train'])
+    p.add_argument('verb', choices=['generate', 'peers', 'train', 'memory'])
     p.add_argument('--size', choices=SIZES, default='tiny', help='of the random weights')
     p.add_argument('--height', type=int, help='pixels (default: the size\'s own)')
     p.add_argument('--width', type=int, help='pixels')
@@ -247,7 +288,7 @@ def main():
     if args.verb == 'train':
         train(args, sys.argv[cut + 1:])
     else:
-        {'generate': generate, 'peers': peers}[args.verb](args)
+        {'generate': generate, 'peers': peers, 'memory': memory}[args.verb](args)
 
 
 if __name__ == '__main__':
