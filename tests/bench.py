@@ -260,7 +260,7 @@ def memory(args):
         'the same, 14B teacher': (20 + 16) * dit + 2 * big + fixed + cache + 2 * inputs,
         'cm_grpo.py, LoRA 256': 4 * (dit + judge) + 20 * lora + fixed + cache + 2 * inputs}
     print(f'{args.size} at {w}x{h}, {frames} frames, batch {args.batch}: GiB, without what a layer needs while it '
-          f'computes\nthe text encoder, where it is kept on the GPU (not with --offload-text): {2 * text / 2 ** 30:.1f}')
+          f'computes\nthe text encoder, unless --offload-text keeps it off the GPU: {2 * text / 2 ** 30:.1f}')
     for name, value in stages.items():
         value /= 2 ** 30
         card = next((f'below a card of {c} GB' for c in (24, 48, 80) if value < c * 1e9 / 2 ** 30), 'more than 80 GB')

@@ -65,8 +65,8 @@ CLAIMS = [  # what the papers say: (words, left figure, right figure, factor): l
 
 
 def claims(runs):
-    """Of each claim what was measured: (words, left figure, its values over the seeds, right figure, its values, factor,
-    spread, verdict). A difference within the larger spread of the two over their seeds is unclear."""
+    """Of each claim what was measured: (words, left figure, its values over the seeds, right figure, its values,
+    factor, spread, verdict). A difference within the larger spread of the two over their seeds is unclear."""
     files = [json.loads(f.read_text()) if f.exists() else {} for f in (runs / 'results.json', runs / 'drift.json')]
     results, drift = map(tiny_world.by_run, files)
 
@@ -140,8 +140,9 @@ def plan(runs, names, fast, seeds):
                 jobs[f'{out.name} drift'] = (['tests/tiny_world.py', 'drift', file, *measured_long], [out.name])
     first = [name for name in jobs if name.endswith('-0')]
     files = [str(runs / name / 'model.safetensors') for name in first]
-    jobs[f'video of {len(first)} runs'] = (['tests/tiny_world.py', 'picture', *files, '--to', str(runs / 'generators.mp4'),
-                      '--captions', '1' if fast else '4'], first)
+    jobs[f'video of {len(first)} runs'] = (
+        ['tests/tiny_world.py', 'picture', *files, '--to', str(runs / 'generators.mp4'),
+         '--captions', '1' if fast else '4'], first)
     return jobs
 
 

@@ -65,7 +65,8 @@ def test_claims(tmp_path):
     assert verdicts == ["yes", "yes", "unclear", "no", "no"]
     assert "against 0.9 × student path 1.00" in miniature.claims_table(tmp_path)
     miniature.draw_claims(tmp_path / "claims.svg", list(miniature.claims(tmp_path)))
-    bars = re.findall(r'<rect x="([^"]+)" y="\d+" width="([^"]+)".*?<title>(\w+)', (tmp_path / "claims.svg").read_text())
+    drawn = (tmp_path / "claims.svg").read_text()
+    bars = re.findall(r'<rect x="([^"]+)" y="\d+" width="([^"]+)".*?<title>(\w+)', drawn)
     assert [verdict for *_, verdict in bars] == verdicts
     assert bars[0][:2] == ("500.0", "50.0")  # ODE's path is a third above 0.9 of the student's
     assert float(bars[4][0]) + float(bars[4][1]) == 500  # to the left of the line

@@ -336,6 +336,20 @@ def test_rollout_leaves_the_grad_mode_alone():
         assert torch.is_grad_enabled()
 
 
+def test_both_ways_to_rotate_are_equal(monkeypatch):
+    """Real numbers for the compiler, complex ones on a CPU; and a rotation keeps lengths, and angles add up."""
+    x = torch.randn(2, 24, 3, 16, generator=wc.seeded(0))
+    rope = wc.rope_table((0, 1, 5, 900), 2, 3, 16, x.device)
+    turned = wc.rotate(x, rope)
+    close(turned.norm(dim=-1), x.norm(dim=-1))
+    a, b = turned.double().unflatten(-1, (-1, 2)).unbind(-1)
+    angle = torch.atan2(rope[..., 1], rope[..., 0])
+    back = torch.complex(a, b) * torch.exp(-1j * angle.double())
+    close(back, torch.view_as_complex(x.unflatten(-1, (-1, 2)).double()))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    close(wc.rotate(x, rope), turned)
+
+
 # ------------------------------------------------------------------------------------------- attention
 
 @pytest.mark.parametrize("layout", [wc.block_causal([2, 3, 1]), wc.interleaved([2, 2, 2]),
