@@ -66,17 +66,20 @@ CLAIMS = [  # what the papers say: (words, left figure, right figure, factor): l
 
 def claims(runs):
     """Of each claim what was measured: (words, left figure, its values over the seeds, right figure, its values,
-    factor, spread, verdict). A difference within the larger spread of the two over their seeds is unclear."""
+    factor, spread, verdict). spread: the largest standard deviation of that measurement over the seeds of any run; a
+    smaller difference is unclear."""
     files = [json.loads(f.read_text()) if f.exists() else {} for f in (runs / 'results.json', runs / 'drift.json')]
     results, drift = map(tiny_world.by_run, files)
 
-    def figures(figure):  # 'run measurement' -> its values over the seeds that are there
+    def figures(figure):  # 'run measurement' -> its values over the seeds that are there, and its spread
         run, key = figure.split()
-        return [row[key] for row in (drift if key.startswith('last_') else results).get(run, [])]
+        runs = drift if key.startswith('last_') else results
+        values = [[row[key] for row in rows] for rows in runs.values() if key in rows[0]]
+        spreads = [statistics.stdev(v) for v in values if len(v) > 1]
+        return [row[key] for row in runs.get(run, [])], max(spreads, default=0)
     for words, left, right, factor in CLAIMS:
-        a, b = figures(left), figures(right)
+        (a, spread), (b, _) = figures(left), figures(right)
         if a and b:
-            spread = max(statistics.stdev(x) if len(x) > 1 else 0 for x in (a, b))
             gap = statistics.mean(a) - factor * statistics.mean(b)
             verdict = 'unclear' if abs(gap) < spread else 'yes' if gap > 0 else 'no'
             yield words, left, a, right, b, factor, spread, verdict

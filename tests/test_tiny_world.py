@@ -123,7 +123,7 @@ def parts():
 
 
 def test_size():
-    assert sum(f.stat().st_size for f in TINY.rglob("*") if f.is_file()) < 20e6
+    assert sum(f.stat().st_size for f in TINY.rglob("*") if f.is_file()) < 25e6
 
 
 def test_tiny_is_the_config_in_the_table(parts):
@@ -168,7 +168,8 @@ def test_measured_figures_are_those_of_the_readme():
     assert tw.results_table(json.loads((TINY / "drift.json").read_text()), tw.DRIFT) in readme
 
 
-@pytest.mark.parametrize("name, kind", [("ode", "ode_init"), ("reward_forced", "reward_forcing")])
+@pytest.mark.parametrize("name, kind", [("ode", "ode_init"), ("raven", "distill_dmd"),
+                                        ("reward_forced", "reward_forcing")])
 def test_the_committed_generators(parts, name, kind):
     """Causal, with their settings in the file, and as good as results.json says, within what 8 captions can show."""
     net = wc.load_dit(TINY)
@@ -179,7 +180,7 @@ def test_the_committed_generators(parts, name, kind):
     video = tw.sample_student(net.eval(), metadata, parts[1], parts[2], captions)
     card = tw.scorecard(video, captions)
     assert min(card[name] for name in ("colour", "background", "shape")) >= 0.85 and card["path"] > 0.4
-    assert tw.mean_reward(reward, video, captions)["reward"] > {"ode": 0.1, "reward_forced": 0.5}[name]
+    assert tw.mean_reward(reward, video, captions)["reward"] > {"ode": 0.1, "raven": 0.25, "reward_forced": 0.5}[name]
 
 
 def test_pipeline_equals_diffusers(parts):
