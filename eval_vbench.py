@@ -374,10 +374,13 @@ def parse_args(argv=None):
 def sampling_suite(args):
     """(entries, the text that the generator is given for each)."""
     if args.full_info is None and args.held_out:
-        entries = [{'prompt_en': line, 'dimension': list(TINY)} for line in read_lines(find_file(args.held_out))]
+        captions = read_lines(find_file(args.held_out), aligned=True)
+        entries = [{'prompt_en': caption, 'dimension': list(TINY)} for caption in captions]
     else:
         entries = read_suite(args.full_info or installed_list())
-    texts = read_lines(find_file(args.extended)) if args.extended else [entry['prompt_en'] for entry in entries]
+    texts = [entry['prompt_en'] for entry in entries]
+    if args.extended:
+        texts = read_lines(find_file(args.extended), aligned=True)
     if len(texts) != len(entries) or not all(texts):
         raise InputError(f'{args.extended} has {sum(map(bool, texts))} prompts in {len(texts)} lines, but the suite '
                          f'has {len(entries)} entries: it must have one line for each, in the same order')

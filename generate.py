@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 from wan_causal import (MAX_POSITION, NEGATIVE_PROMPT, InputError, chunk_sizes, compile_for_inference, compute_dtype,
                         find_folder, format_steps, gaussian, latent_frames, load_checkpoint, load_dit,
-                        load_text_encoder, load_vae, model_defaults, ode_trajectory, parse_stage, processes,
-                        read_lines, require, rollout, run_script, saved_steps, seeded, sigma_schedule, warped_steps)
+                        load_text_encoder, load_vae, machine_flags, model_defaults, ode_trajectory, parse_stage,
+                        processes, read_lines, require, rollout, run_script, saved_steps, seeded, sigma_schedule,
+                        warped_steps)
 
 
 def parse_args(argv=None):
@@ -67,9 +68,7 @@ def parse_args(argv=None):
     g.add_argument('--guidance', type=float, default=5.0, help='classifier-free guidance, 1 is off')
     g.add_argument('--negative', default=NEGATIVE_PROMPT, help='negative prompt')
     g = p.add_argument_group('machine')
-    g.add_argument('--device', help='cpu or cuda (default: cuda if there is one)')
-    g.add_argument('--dtype', choices=['float32', 'bfloat16'], help='default: bfloat16 on cuda, else float32')
-    g.add_argument('--offload-text', action='store_true', help='keep the text encoder off the GPU between prompts')
+    machine_flags(g)
     g.add_argument('--compile', action='store_true', help='compile DiT blocks and decoder norms (a minute, once)')
     g.add_argument('--bench', action='store_true', help='run twice and print a table of times of the second run')
     args = parse_stage(p, 'generate', argv)
@@ -107,13 +106,13 @@ def read_jobs(args):
         if args.prompt or args.prompt_file:
             raise InputError('give prompts or --jobs, not both')
         try:
-            rows = [json.loads(line) for line in read_lines(args.jobs) if line]
+            rows = [json.loads(line) for line in read_lines(args.jobs)]
             jobs = [(str(row['prompt']), int(row['seed']), Path(row['out'])) for row in rows]
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f'{args.jobs} must hold lines such as {{"prompt": "a cat", "seed": 0, "out": "cat.mp4"}}: '
                              f'{error!r}') from error
     else:
-        prompts = args.prompt + [line for line in (read_lines(args.prompt_file) if args.prompt_file else []) if line]
+        prompts = args.prompt + (read_lines(args.prompt_file) if args.prompt_file else [])
         if args.out.endswith('.mp4') and len(prompts) > 1:
             raise InputError(f'--out {args.out} is one file, but there are {len(prompts)} prompts: give a folder')
         words = [re.sub(r'\W+', '_', prompt).strip('_')[:60] or 'video' for prompt in prompts]

@@ -32,9 +32,9 @@ from tqdm import tqdm
 
 from wan_causal import (EMA, NEGATIVE_PROMPT, InputError, Run, Trajectories, block_causal, chunk_sizes, compute_dtype,
                         find_folder, format_steps, gaussian, latent_shape, load_checkpoint, load_dit,
-                        load_text_encoder, load_vae, ode_trajectory, parse_stage, processes, read_prompts,
-                        replace_file, require, run_script, sample_generators, sample_numbers, shift_sigma, shuffled,
-                        trainable, training_flags, warped_steps, x0_from_v)
+                        load_text_encoder, load_vae, machine_flags, ode_trajectory, parse_stage, processes,
+                        read_prompts, replace_file, require, run_script, sample_generators, sample_numbers, shift_sigma,
+                        shuffled, trainable, training_flags, warped_steps, x0_from_v)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -106,9 +106,7 @@ def parse_args(argv=None):
         p.add_argument('--shard', type=int, default=8, help='trajectories per file')
         p.add_argument('--seed', type=int, default=0, help='of the noise')
         p.add_argument('--out', default='runs/trajectories', help='the folder of the shards')
-        p.add_argument('--device', help='cpu or cuda (default: cuda if there is one)')
-        p.add_argument('--dtype', choices=['float32', 'bfloat16'], help='default: bfloat16 on cuda, else float32')
-        p.add_argument('--offload-text', action='store_true', help='keep the text encoder off the GPU between prompts')
+        machine_flags(p)
     args = parse_stage(p, f'ode_init {verb}', argv)
     if verb == 'sample' and (args.count < 1 or args.shard < 1):
         raise InputError(f'--count {args.count} and --shard {args.shard} must be at least 1')

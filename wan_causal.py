@@ -570,7 +570,7 @@ class WanModel(nn.Module):
         layout = layout or bidirectional(F_)
         position, visible = layout.position, layout.visible if cache is None else None
         if cache is not None:
-            position = tuple(start + p for p in position)
+            position = tuple(start + frame for frame in position)
         rope = rope_table(position, p, q, self.config.dim // self.config.num_heads, x.device)
         if write:
             slots, visible = cache.claim(start, layout)
@@ -1795,13 +1795,18 @@ def training_flags(p, **paper):
     g.add_argument('--resume', action='store_true', help='go on with the run that --out holds, if any')
     g.add_argument('--save-every', type=int, default=50, help='steps between states to resume from')
     g.add_argument('--sample-every', type=int, default=50, help='steps between sample videos, 0: none')
-    g.add_argument('--device', help='cpu or cuda (default: cuda if there is one)')
-    g.add_argument('--dtype', choices=['float32', 'bfloat16'],
-                   help='of the computation; trained weights are float32 (default: bfloat16 on cuda, else float32)')
-    g.add_argument('--offload-text', action='store_true', help='keep the text encoder off the GPU between prompts')
+    machine_flags(g)
     g.add_argument('--checkpointing', action=argparse.BooleanOptionalAction, default=True,
                    help='recompute activations in the backward pass: less memory, more time')
     p.set_defaults(**paper)
+
+
+def machine_flags(p):
+    """Add the flags of every script that runs the model."""
+    p.add_argument('--device', help='cpu or cuda (default: cuda if there is one)')
+    p.add_argument('--dtype', choices=['float32', 'bfloat16'],
+                   help='of the computation; trained weights are float32 (default: bfloat16 on cuda, else float32)')
+    p.add_argument('--offload-text', action='store_true', help='keep the text encoder off the GPU between prompts')
 
 
 def model_defaults(name, stage=''):
@@ -1845,18 +1850,19 @@ def latent_motion(x0):
     return x0.diff(dim=2).abs().mean() if x0.shape[2] > 1 else x0.new_zeros(())
 
 
-def read_lines(path):
-    """The lines of a text file, stripped; empty ones too, but for those at its end."""
+def read_lines(path, aligned=False):
+    """The lines of a text file, stripped, without empty ones; aligned: with those but for the ones at its end."""
     try:
-        return [line.strip() for line in Path(path).read_text(encoding='utf-8').rstrip().split('\n')]
+        lines = [line.strip() for line in Path(path).read_text(encoding='utf-8').rstrip().split('\n')]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f'cannot read the prompts file {path}: {error}') from error
+    return lines if aligned else [line for line in lines if line]
 
 
 def read_prompts(args):
     """(training prompts, held-out prompts) as --prompts and --held-out say; without the latter flag all train."""
     def lines(name):
-        prompts = [line for line in read_lines(find_file(name)) if line]
+        prompts = read_lines(find_file(name))
         if not prompts:
             raise InputError(f'the prompts file {name} is empty: it must hold one prompt per line')
         return prompts

@@ -33,6 +33,12 @@ VAE_SIZES = {'tiny': dict(dim=16, num_res_blocks=1), 'middle': dict(dim=32, num_
 PICTURE = {'tiny': (64, 64, 57), 'middle': (128, 128, 57)}  # height, width, frames
 
 
+def picture(args):
+    """(height, width, frames) as the flags or the size say."""
+    given = args.height, args.width, args.frames
+    return [flag or default for flag, default in zip(given, PICTURE.get(args.size, (480, 832, 81)))]
+
+
 class Bench:
     """The machine, and how often to repeat."""
 
@@ -94,8 +100,7 @@ def generate(args):
     """Where the time of one streamed video goes, and how far it is from the machine's limit."""
     bench, config = Bench(args), SIZES[args.size]
     model, vae = make_models(args.size, bench)
-    h, w, frames = (given or default for given, default in zip(
-        (args.height, args.width, args.frames), PICTURE.get(args.size, (480, 832, 81))))
+    h, w, frames = picture(args)
     shape = (args.batch, 16, latent_frames(frames), h // 8, w // 8)
     chunks, tokens = chunk_sizes(shape[2], args.chunk), shape[3] * shape[4] // 4
     noise = torch.randn(shape, device=bench.device)
@@ -233,8 +238,7 @@ def memory(args):
     """What each stage must hold on a GPU per process, in GiB: counted from the sizes, nothing is allocated. A trained
     weight takes 20 bytes (float32 value, gradient, two moments, average), a frozen one 2 (bfloat16)."""
     from transformers import UMT5Config, UMT5EncoderModel
-    h, w, frames = (given or default for given, default in zip(
-        (args.height, args.width, args.frames), PICTURE.get(args.size, (480, 832, 81))))
+    h, w, frames = picture(args)
     tokens, config = latent_frames(frames) * h * w // 256, SIZES[args.size]
 
     def weights(model):
