@@ -110,8 +110,10 @@ def group_advantages(rewards, weights, clip=5.0):
 def motion_amount(video, prompts):
     """How much moves: mean over frames of the top 5 % of |brightness change| from frame to frame, in 0..1.
 
-    Stands in for the dynamic degree (top 5 % of RAFT's optical flow).
+    Stands in for the dynamic degree (top 5 % of RAFT's optical flow). A picture has none.
     """
+    if video.shape[2] == 1:
+        return video.new_zeros(len(video))
     change = video.mean(1).diff(dim=1).abs().flatten(2) / 2  # (B, T - 1, H W)
     return change.topk(max(1, change.shape[2] // 20), dim=2).values.mean(dim=(1, 2))
 
