@@ -12,14 +12,16 @@ One step:
      rollout's own states predicts x0 again, with gradient
   4. loss = w |x0 - sg(x0 + A / 2 * d log pi / d x0)|^2, whose gradient at x0 is -w A d log pi / d x0
 On-policy: one update per rollout, so the probability ratio is 1 and there is nothing to clip. `--updates` > 1 (not in
-the paper) makes several, with PPO's clipped ratio.
+the paper) makes several, with PPO's clipped ratio. The surrogate counts 100 times beside `--kl`, as in the public code.
 
   paper       code          paper       code           paper      code
   x_theta     x0            z_s         z_next         alpha_s    slope
   G           --group       A           advantage      beta       --kl
 
 Differs from the paper: text alignment, motion and smoothness are measured by smaller means (see Rewards), since the
-paper's judges (Qwen2-VL, RAFT, AMT) need other packages; bring them with module:function.
+paper's judges (Qwen2-VL, RAFT, AMT) need other packages; bring them with module:function. ImageReward stands where its
+imaging quality (MUSIQ) does; the aesthetic head counts once it is given (--aesthetic-head, --rewards ... aesthetic=1).
+Whatever the kernel it was trained with, the generator is then used with the consistency sampler, as any other.
 
     python cm_grpo.py --init runs/raven/model.safetensors --out runs/grpo                    # tiny model, CPU, minutes
     torchrun --standalone --nproc_per_node 8 cm_grpo.py --model Wan-AI/Wan2.1-T2V-1.3B \\
@@ -36,12 +38,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from wan_causal import (EMA, InputError, Run, chunk_sizes, chunk_weights, clip_preprocess, compute_dtype,
-                        consistency_kernel, find_file, find_folder, fold_lora, format_steps, gaussian, interleaved_x0,
-                        latent_shape, load_checkpoint, load_dit, load_function, load_image_reward, load_text_encoder,
-                        load_vae, parse_stage, processes, read_prompts, read_weights, recorded_rollout, require,
-                        run_script, sample_generators, sample_numbers, save_checkpoint, saved_steps, shuffled,
-                        trainable, training_flags, warped_steps)
+from wan_causal import (EMA, Help, InputError, Run, checked_reward, chunk_sizes, chunk_weights, clip_preprocess,
+                        compute_dtype, consistency_kernel, find_file, find_folder, fold_lora, format_steps, gaussian,
+                        interleaved_x0, latent_shape, load_checkpoint, load_dit, load_function, load_image_reward,
+                        load_text_encoder, load_vae, parse_stage, processes, read_prompts, read_weights,
+                        recorded_rollout, replace_file, require, run_script, sample_generators, sample_numbers,
+                        save_checkpoint, saved_steps, shuffled, trainable, training_flags, v_from_x0, warped_steps)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -57,7 +59,7 @@ def euler_maruyama(noise):
         t, s = t / 1000, s / 1000
         dt, spread = s - t, noise * math.sqrt(t / (1 - (s if t == 1 else t)))
         drift = spread ** 2 / (2 * t)
-        v = (x - x0) / t
+        v = v_from_x0(x, x0, 1000 * t)
         slope = -(1 + drift * (1 - t)) * dt / t  # v contains -x0 / t
         return x + (v + drift * (x + (1 - t) * v)) * dt, spread * math.sqrt(-dt), slope
     return kernel
@@ -80,10 +82,13 @@ def surrogate(x0, z_next, mean, std, slope, advantage, weights):
     return ((x0 - target).square().mean(dim=(0, 1, 3, 4)) * weights).mean()
 
 
-def clipped_loss(x0, z_next, mean, std, old_log_prob, advantage, clip):
-    """-min(ratio A, clip(ratio) A), PPO's; the ratio is of mean log-probabilities per element (Flow-GRPO's habit)."""
-    ratio = (log_prob(z_next, mean, std) - old_log_prob).exp()
-    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
+def clipped_advantage(advantage, ratio, clip):
+    """What PPO leaves of the advantages (B,) at probability ratios (B,): the gradient of min(ratio A, clip(ratio) A) is
+    ratio A d log pi, or 0 where it is clipped. All 1 and A on-policy.
+
+    The ratios are of mean log-probabilities per element (Flow-GRPO's habit), and so lie close to 1.
+    """
+    return torch.where((ratio - 1) * advantage.sign() > clip, 0.0, ratio * advantage)
 
 
 def kl_to_reference(x0, x0_reference, std, slope):
@@ -121,8 +126,10 @@ def motion_amount(video, prompts):
 def motion_smoothness(video, prompts):
     """How well each odd frame is the mean of its neighbours: 1 - mean |difference|.
 
-    Stands in for motion smoothness, which asks how well AMT interpolates the odd frames.
+    Stands in for motion smoothness, which asks how well AMT interpolates the odd frames. A picture has 1.
     """
+    if video.shape[2] == 1:
+        return video.new_ones(len(video))
     between = (video[:, :, :-2:2] + video[:, :, 2::2]) / 2
     return 1 - (video[:, :, 1:-1:2] - between).abs().mean(dim=(1, 2, 3, 4)) / 2
 
@@ -181,8 +188,8 @@ def load_rewards(args, device):
             clip = clip or Clip(args.clip_model, args.aesthetic_head, device)
             rewards.append((name, {'clip': clip.similarity, 'aesthetic': clip.aesthetic}[name]))
         else:
-            rewards.append((name.partition(':')[2], load_function(
-                name, '--rewards', 'imagereward, motion, smoothness, clip, aesthetic')))
+            rewards.append((name, load_function(name, '--rewards',
+                                                'imagereward, motion, smoothness, clip, aesthetic')))
     return rewards, torch.tensor(weights)
 
 
@@ -194,14 +201,14 @@ class LoRA(nn.Module):
 
     def __init__(self, base, rank, alpha):
         super().__init__()
-        self.base_layer, self.scale = base.requires_grad_(False), alpha / rank
+        self.base_layer, self.scale, self.on = base.requires_grad_(False), alpha / rank, True
         self.lora_A = nn.Linear(base.in_features, rank, bias=False)
         self.lora_B = nn.Linear(rank, base.out_features, bias=False)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x):
-        return self.base_layer(x) + self.scale * self.lora_B(self.lora_A(x))
+        return self.base_layer(x) + self.scale * self.lora_B(self.lora_A(x)) if self.on else self.base_layer(x)
 
 
 def add_lora(net, rank, alpha, seed):
@@ -213,9 +220,14 @@ def add_lora(net, rank, alpha, seed):
         setattr(net.get_submodule(parent), child, LoRA(module, rank, alpha).to(module.weight.device))
 
 
-def adapter(average):
-    """Averaged LoRA weights under PEFT's names."""
-    return {f'base_model.model.{name}': value for name, value in average.items()}
+def save_adapter(folder, average, args, **metadata):
+    """Averaged LoRA weights as PEFT keeps them: its names, its two files. metadata: see `save_checkpoint`."""
+    weights = {f'base_model.model.{name}': value for name, value in average.items()}
+    save_checkpoint(folder / 'adapter_model.safetensors', weights, stage='cm_grpo', kind='causal',
+                    lora_alpha=args.lora_alpha, base=str(args.init), **metadata)
+    config = {'peft_type': 'LORA', 'r': args.lora_rank, 'lora_alpha': args.lora_alpha, 'bias': 'none',
+              'target_modules': sorted({name.partition('.lora_')[0] for name in average})}
+    replace_file(folder / 'adapter_config.json', lambda path: path.write_text(json.dumps(config, indent=1) + '\n'))
 
 
 def folded(net, average, scale):
@@ -229,15 +241,15 @@ def folded(net, average, scale):
 @contextlib.contextmanager
 def without_lora(net):
     """The model as it was before LoRA was added."""
-    layers = [m for m in net.modules() if isinstance(m, LoRA)]
-    scales = [layer.scale for layer in layers]
-    for layer in layers:
-        layer.scale = 0.0
+    def switch(on):
+        for layer in net.modules():
+            if isinstance(layer, LoRA):
+                layer.on = on
+    switch(False)
     try:
         yield net
     finally:
-        for layer, scale in zip(layers, scales):
-            layer.scale = scale
+        switch(True)
 
 
 @torch.no_grad()
@@ -253,7 +265,7 @@ def start_x0(net, frozen, *inputs):
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description='Policy gradients on the consistency sampler\'s own kernel.',
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                formatter_class=Help)
     training_flags(p, out='runs/cm_grpo', steps=160, lr=5e-6, weight_decay=0.0, grad_clip=1000.0, ema=0.9675)
     g = p.add_argument_group('policy')
     g.add_argument('--init', metavar='FILE', help='causal few-step generator to start from')
@@ -263,7 +275,7 @@ def parse_args(argv=None):
     g.add_argument('--prompts-per-step', type=int, default=8, help='prompts per step; --accum follows from it')
     g.add_argument('--kl', type=float, default=0.0, help='weight of the KL to the start; 0: off')
     g.add_argument('--updates', type=int, default=1, help='updates per rollout; more than 1 clips the ratio')
-    g.add_argument('--clip', type=float, default=0.2, help='of the ratio, when --updates > 1')
+    g.add_argument('--clip', type=float, default=1e-3, help='of the ratio, when --updates > 1')
     g.add_argument('--chunk-weight-shift', type=float, default=-1.0, help='loss weights, see distill_dmd.py')
     g.add_argument('--chunk', type=int, help='latent frames per chunk; 1 is frame-wise (default: as --init)')
     g.add_argument('--lora-rank', type=int, default=256, help='0: train all weights')
@@ -276,7 +288,7 @@ def parse_args(argv=None):
     g.add_argument('--clip-model', default='openai/clip-vit-large-patch14', help='CLIP')
     g.add_argument('--aesthetic-head', metavar='FILE', help='LAION\'s sa_0_4_vit_l_14_linear.pth')
     g.add_argument('--motion-alarm', type=float, default=0.5,
-                   help='warn when motion falls below this share of its start')
+                   help='warn when the motion of the last 10 steps falls below this share of that of the first 10')
     args = parse_stage(p, 'cm_grpo', argv)
     if not args.init:
         raise InputError('no --init: CM-GRPO starts from a causal few-step generator, such as the result of '
@@ -285,6 +297,12 @@ def parse_args(argv=None):
         raise InputError(f'--group {args.group} must be at least 2, --prompts-per-step {args.prompts_per_step} and '
                          f'--updates {args.updates} at least 1, --lora-rank {args.lora_rank} at least 0')
     return args
+
+
+def mean_motion(lines, count=10):
+    """Lines of metrics.jsonl -> mean motion of the first and of the last `count` of them."""
+    motion = [json.loads(line)['motion'] for line in lines]
+    return [sum(part) / len(part) for part in (motion[:count], motion[-count:])]
 
 
 def main():
@@ -331,7 +349,8 @@ def train(args, process):
 
     # --- loop
     for step in run.steps():
-        # sample: the group of sample n is n // G
+        # sample: the group of sample n is n // G; one transition, never the last one, the same on all ranks
+        k = random.Random(f'{args.seed} {step}').randrange(len(steps) - 1)
         batches, scores, motion = [], [], 0
         for micro in range(args.accum):
             numbers = sample_numbers(args, process, step, micro)
@@ -341,61 +360,61 @@ def train(args, process):
             states, endpoints = recorded_rollout(policy, noise, context, steps, chunks, generators, kernel)
             with torch.no_grad():
                 video = vae.decode(endpoints)
-                scores.append(torch.stack([reward(video, captions).float() for _, reward in rewards], dim=1))
+                scores.append(torch.stack([checked_reward(reward, video, captions).float() for _, reward in rewards],
+                                          dim=1))
             motion += motion_amount(video, captions).mean().item() / args.accum
-            batches.append((context, states, endpoints))
+            batches.append((context, states[k], states[k + 1], endpoints))
 
         # score: rewards of the whole step in the order of the sample numbers, the same on all ranks
         gathered = process.gather(torch.stack(scores))  # (world, accum, batch, kinds)
         values = gathered.transpose(0, 1).reshape(args.prompts_per_step, args.group, len(rewards)).cpu()
+        named = {f'{what}_{name}': of[..., i].mean().item() for i, (name, _) in enumerate(rewards)
+                 for what, of in (('reward', values), ('spread', values.std(dim=1)))}
+        run.check(**named)
         advantage = group_advantages(values, reward_weights)  # (P, G)
         mine = advantage.view(args.accum, process.world, args.batch)[:, process.rank].to(device)
 
-        # policy: one transition, never the last one, the same on all ranks
-        k = random.Random(f'{args.seed} {step}').randrange(len(steps) - 1)
-        old, sums = [None] * args.accum, torch.zeros(2)  # loss, KL to the start
+        # policy
+        t = torch.full((args.batch, shape[1]), steps[k], device=device)
+        old = [None] * args.accum  # log-probabilities before the first update
         for update in range(args.updates):
-            for micro, (context, states, endpoints) in enumerate(batches):
-                x_t, z_next = states[k], states[k + 1]
-                t = torch.full((args.batch, shape[1]), steps[k], device=device)
+            kl_sum, clipped = 0, 0
+            for micro, (context, x_t, z_next, endpoints) in enumerate(batches):
                 with process.sync(policy, micro == args.accum - 1):
                     x0 = interleaved_x0(policy, x_t, t, endpoints, context, chunks)
                     mean, std, slope = kernel(x_t, x0, steps[k], steps[k + 1])
-                    if args.updates == 1:
-                        loss = 100 * surrogate(x0, z_next, mean, std, slope, mine[micro], weights)
-                    else:
-                        old[micro] = log_prob(z_next, mean, std).detach() if update == 0 else old[micro]
-                        loss = clipped_loss(x0, z_next, mean, std, old[micro], mine[micro], args.clip)
-                    reference = start_x0(net, frozen, x_t, t, endpoints, context, chunks)
-                    kl = kl_to_reference(x0, reference, std, slope)
-                    ((loss + args.kl * kl) / args.accum).backward()
-                if update == 0:
-                    sums += torch.tensor([loss.item(), kl.item()]) / args.accum
+                    now = log_prob(z_next, mean.detach(), std)
+                    old[micro] = now if update == 0 else old[micro]
+                    A = clipped_advantage(mine[micro], (now - old[micro]).exp(), args.clip)
+                    kl = kl_to_reference(x0, start_x0(net, frozen, x_t, t, endpoints, context, chunks), std, slope)
+                    loss = 100 * surrogate(x0, z_next, mean, std, slope, A, weights) + args.kl * kl
+                    (loss / args.accum).backward()
+                kl_sum += kl.item() / args.accum
+                clipped += ((A == 0) & (mine[micro] != 0)).float().mean().item() / args.accum
             norm = torch.nn.utils.clip_grad_norm_([p for p in net.parameters() if p.requires_grad], args.grad_clip)
-            metrics = run.check(loss=sums[0], kl=sums[1], grad_norm=norm, motion=motion)
+            metrics = run.check(kl=kl_sum, grad_norm=norm, motion=motion,
+                                **({'clipped': clipped} if args.updates > 1 else {}))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         ema.update(net, step)
 
         # log, sample, save
-        named = {f'reward_{name}': values[:, :, i].mean().item() for i, (name, _) in enumerate(rewards)}
         dead = (advantage.abs().amax(dim=1) == 0).float().mean().item()  # groups without any spread teach nothing
-        run.report(**named, spread=advantage.std().item(), no_spread=dead, transition=k, **metrics)
+        run.report(**named, no_spread=dead, transition=k, **metrics)
         if process.rank == 0:
-            start = json.loads(run.log.read_text().splitlines()[0])['motion']
-            if metrics['motion'] < args.motion_alarm * start:
-                print(f'warning: motion fell from {start:.4f} to {metrics["motion"]:.4f}: the rewards may favour '
-                      'static videos; give motion more weight, or stop', flush=True)
+            start, last = mean_motion(run.log.read_text().splitlines())
+            if last < args.motion_alarm * start:
+                print(f'warning: motion fell from {start:.4f} to {last:.4f}: the rewards may favour static videos; '
+                      'give motion more weight, or stop', flush=True)
         if run.due(args.sample_every):
             with ema.swapped_in(net):
                 for _ in run.samples(net, vae, text, held_out, shape, steps, chunks):
                     pass
         if run.due(args.save_every):
             scale = args.lora_alpha / args.lora_rank if args.lora_rank else 1.0
-            run.save(folded(net, ema.average, scale), steps, kind='causal', chunk=chunk, config=net.config)
             if args.lora_rank and process.rank == 0:
-                save_checkpoint(run.folder / 'lora.safetensors', adapter(ema.average), stage='cm_grpo', kind='causal',
-                                lora_rank=args.lora_rank, lora_alpha=args.lora_alpha, base=str(args.init))
+                save_adapter(run.folder / 'lora', ema.average, args, timesteps=format_steps(steps, 10), chunk=chunk)
+            run.save(folded(net, ema.average, scale), steps, kind='causal', chunk=chunk, config=net.config)
 
 
 if __name__ == '__main__':

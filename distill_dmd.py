@@ -36,17 +36,16 @@ set to zero. A step is one generator update here; the public scripts count criti
 import argparse
 import dataclasses
 import random
-import sys
 
 import torch
 
-from wan_causal import (EMA, NEGATIVE_PROMPT, InputError, Run, Trajectories, add_noise, block_causal, chunk_sizes,
-                        chunk_weights, compute_dtype, find_folder, format_steps, frame_reward, gaussian,
-                        guided_velocity, interleaved_x0, latent_frames, latent_motion, latent_shape, load_checkpoint,
-                        load_dit, load_image_reward, load_text_encoder, load_vae, parse_stage, processes,
-                        read_prompts, recorded_rollout, require, reward_gradient, rollout, run_script,
-                        sample_generators, sample_numbers, saved_steps, shift_sigma, shuffled, trainable,
-                        training_flags, warped_steps, x0_from_v)
+from wan_causal import (EMA, NEGATIVE_PROMPT, Help, InputError, Run, Trajectories, add_noise, block_causal,
+                        chunk_sizes, chunk_weights, compute_dtype, draw_per_chunk, find_folder, format_steps,
+                        frame_reward, gaussian, guided_velocity, interleaved_x0, latent_frames, latent_motion,
+                        latent_shape, load_checkpoint, load_dit, load_image_reward, load_text_encoder, load_vae,
+                        parse_known, parse_stage, processes, read_prompts, recorded_rollout, require, reward_gradient,
+                        rollout, run_script, sample_generators, sample_numbers, saved_steps, shift_sigma, shuffled,
+                        trainable, training_flags, warped_steps, x0_from_v)
 
 # The settings of the papers, as far as they differ: the flags' defaults for each history.
 # Guidance in the usual formula: CausVid's 3.5 and Self Forcing's 3.0 multiply (cond - uncond) on top of cond.
@@ -150,9 +149,7 @@ def denoise_data(generator, b, steps, chunks, clean_history):
     Each chunk has a timestep of its own among `steps`; for CausVid also 0, as its history is clean at inference.
     """
     levels = torch.tensor([*steps] if clean_history else [*steps, 0.0], device=b.data.device)
-    index = torch.stack([torch.randint(len(levels), (len(chunks),), generator=g, device=g.device)
-                         for g in b.generators]).to(b.data.device)
-    t = levels[index].repeat_interleave(torch.tensor(chunks, device=b.data.device), dim=1)  # (B, F)
+    t = levels[draw_per_chunk(len(levels), chunks, b.generators, b.data.device)]  # (B, F)
     x_t = add_noise(b.data, gaussian(b.data.shape, b.generators, b.data.device), t)
     if clean_history:
         return interleaved_x0(generator, x_t, t, b.data, b.context, chunks)
@@ -188,11 +185,12 @@ def last_window(x0, frames, vae):
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description='Few-step distillation by distribution matching.',
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                formatter_class=Help)
     training_flags(p, out='runs/distill_dmd')
     g = p.add_argument_group('student')
     g.add_argument('--student', choices=['bidirectional', 'causal'], default='bidirectional', help='what is trained')
-    g.add_argument('--history', choices=list(SETTINGS)[1:], default='self-forcing', help='of the causal student')
+    g.add_argument('--history', choices=list(SETTINGS)[1:],
+                   help='of the causal student, and only there (default: self-forcing)')
     g.add_argument('--init', metavar='FILE', help='weights that the student starts from (default: --model)')
     g.add_argument('--chunk', type=int, help='latent frames per chunk; 1 is frame-wise (default: as --init, else 3)')
     g.add_argument('--data', default='runs/trajectories', metavar='FOLDER',
@@ -210,11 +208,13 @@ def parse_args(argv=None):
                    help='loss weights: -1 later chunks more, 1 earlier ones, 0 all alike')
     g.add_argument('--reward-weight', type=float, default=0.0, help='of an ImageReward of the last frame; 0: none')
     g.add_argument('--reward-model', default='THUDM/ImageReward', help='ImageReward\'s folder or hub repository')
-    asked = p.parse_known_args(sys.argv[1:] if argv is None else argv)[0]
-    asked.history = asked.history if asked.student == 'causal' else 'bidirectional'
-    p.set_defaults(**SETTINGS[asked.history])
+    asked = parse_known(p, argv)
+    if asked.history and asked.student == 'bidirectional':
+        raise InputError(f'--history {asked.history} needs --student causal')
+    history = 'bidirectional' if asked.student == 'bidirectional' else asked.history or 'self-forcing'
+    p.set_defaults(**SETTINGS[history])
     args = parse_stage(p, f'distill_dmd {asked.student}', argv)
-    args.history = asked.history
+    args.history = history
     if args.ratio < 1:
         raise InputError(f'--ratio {args.ratio} must be at least 1')
     if args.student == 'causal' and not args.init:

@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from wan_causal import (CLIP_MEAN, CLIP_STD, InputError, find_file, model_defaults, processes, read_json,
+from wan_causal import (CLIP_MEAN, CLIP_STD, Help, InputError, find_file, model_defaults, processes, read_json,
                         read_lines, read_weights, replace_file, run_script)
 
 # ----------------------------------------------------------------------------------------------------------
@@ -353,7 +353,7 @@ def table_flags(p):
 def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     p = argparse.ArgumentParser(description='VBench: sample its suite, score the videos, aggregate the scores.',
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                formatter_class=Help)
     flags = {'sample': sample_flags, 'score': score_flags, 'table': table_flags}
     p.add_argument('verb', choices=flags, help='what to do; `eval_vbench.py VERB --help` shows its flags')
     verb = argv[0] if argv else None

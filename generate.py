@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from wan_causal import (MAX_POSITION, NEGATIVE_PROMPT, InputError, chunk_sizes, compile_for_inference, compute_dtype,
-                        find_folder, format_steps, gaussian, latent_frames, load_checkpoint, load_dit,
+from wan_causal import (MAX_POSITION, NEGATIVE_PROMPT, Help, InputError, chunk_sizes, compile_for_inference,
+                        compute_dtype, find_folder, format_steps, gaussian, latent_frames, load_checkpoint, load_dit,
                         load_text_encoder, load_vae, machine_flags, model_defaults, ode_trajectory, parse_stage,
                         processes, read_lines, require, rollout, run_script, saved_steps, seeded, sigma_schedule,
                         warped_steps)
@@ -31,7 +31,7 @@ from wan_causal import (MAX_POSITION, NEGATIVE_PROMPT, InputError, chunk_sizes, 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description='Generate videos from prompts.',
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                formatter_class=Help)
     g = p.add_argument_group('what')
     g.add_argument('prompt', nargs='*', help='one or more prompts')
     g.add_argument('--prompts', dest='prompt_file', metavar='FILE', help='a text file with one prompt per line')
@@ -92,8 +92,6 @@ def check(args):
     if args.timesteps and (args.timesteps != sorted(set(args.timesteps), reverse=True)
                            or args.timesteps[0] > 1000 or args.timesteps[-1] <= 0):
         raise InputError(f'--timesteps {format_steps(args.timesteps)} must fall from at most 1000 to above 0')
-    if args.shift <= 0:
-        raise InputError(f'--shift {args.shift} must be positive')
     if args.bidirectional and (args.init or args.window or args.overlap):
         raise InputError('--init, --window and --overlap need a causal generator: give its weights with --checkpoint')
     if args.overlap and (args.init or args.window):

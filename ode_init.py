@@ -30,11 +30,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from wan_causal import (EMA, NEGATIVE_PROMPT, InputError, Run, Trajectories, block_causal, chunk_sizes, compute_dtype,
-                        find_folder, format_steps, gaussian, latent_shape, load_checkpoint, load_dit,
-                        load_text_encoder, load_vae, machine_flags, ode_trajectory, parse_stage, processes,
-                        read_prompts, replace_file, require, run_script, sample_generators, sample_numbers, shift_sigma,
-                        shuffled, trainable, training_flags, warped_steps, x0_from_v)
+from wan_causal import (EMA, NEGATIVE_PROMPT, Help, InputError, Run, Trajectories, block_causal, chunk_sizes,
+                        compute_dtype, draw_per_chunk, find_folder, format_steps, gaussian, latent_shape,
+                        load_checkpoint, load_dit, load_text_encoder, load_vae, machine_flags, ode_trajectory,
+                        parse_stage, processes, read_prompts, replace_file, require, run_script, sample_generators,
+                        sample_numbers, saved_steps, shift_sigma, shuffled, trainable, training_flags, warped_steps,
+                        x0_from_v)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -81,7 +82,7 @@ def shard_path(folder, first):
 def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     p = argparse.ArgumentParser(description='ODE trajectories of the teacher (sample), and their regression (train).',
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                formatter_class=Help)
     p.add_argument('verb', choices=['sample', 'train'], help='what to do; `ode_init.py VERB --help` shows its flags')
     verb = argv[0] if argv else None
     if verb == 'train':
@@ -199,7 +200,11 @@ def train(args, process):
     text, vae = load_text_encoder(folder, dtype, device, args.offload_text), load_vae(folder, dtype, device)
     net = trainable(load_dit(folder), args, device, dtype)
     if args.init:
-        require(load_checkpoint(net, args.init), args.init, kind='bidirectional')
+        metadata = load_checkpoint(net, args.init)
+        require(metadata, args.init, kind='bidirectional')
+        if (steps := format_steps(saved_steps(metadata))) not in ('', format_steps(timesteps)):
+            raise InputError(f'{args.init} samples at {steps}, but {args.data} holds states at '
+                             f'{format_steps(timesteps)}: sample trajectories at the student\'s --shift')
     generator = process.wrap(net)
     shape = latent_shape(args, net.config)
     chunks = chunk_sizes(shape[1], args.chunk)
@@ -219,9 +224,7 @@ def train(args, process):
             numbers = sample_numbers(args, process, step, micro)
             trajectory, prompts = zip(*(shuffled(data, n, args.seed) for n in numbers))
             trajectory, context = torch.stack(trajectory).to(device), text(list(prompts)).float()
-            index = torch.stack([torch.randint(len(levels), (len(chunks),), generator=g)  # a state per chunk
-                                 for g in sample_generators(args, numbers)]).to(device)
-            index = index.repeat_interleave(torch.tensor(chunks, device=device), dim=1)  # (B, F)
+            index = draw_per_chunk(len(levels), chunks, sample_generators(args, numbers), device)  # (B, F)
             x_t, t = pick_states(trajectory, index), levels[index]
             with process.sync(generator, micro == args.accum - 1):
                 x0 = x0_from_v(x_t, generator(x_t, t, context, layout), t)

@@ -27,11 +27,11 @@ import random
 
 import torch
 
-from wan_causal import (EMA, InputError, Run, chunk_sizes, compute_dtype, find_folder, format_steps, frame_reward,
-                        gaussian, latent_frame, latent_motion, latent_shape, load_checkpoint, load_dit, load_function,
-                        load_image_reward, load_text_encoder, load_vae, parse_stage, processes, read_prompts, require,
-                        reward_gradient, rollout, run_script, sample_generators, sample_numbers, saved_steps,
-                        shuffled, trainable, training_flags, warped_steps)
+from wan_causal import (EMA, Help, InputError, Run, chunk_sizes, compute_dtype, find_folder, format_steps,
+                        frame_reward, gaussian, latent_frame, latent_motion, latent_shape, load_checkpoint, load_dit,
+                        load_function, load_image_reward, load_text_encoder, load_vae, parse_stage, processes,
+                        read_prompts, require, reward_gradient, rollout, run_script, sample_generators, sample_numbers,
+                        saved_steps, shuffled, trainable, training_flags, warped_steps)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ def chunk_of(chunks, frame):
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description='Reward feedback on the rollouts of a causal generator.',
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                formatter_class=Help)
     training_flags(p, out='runs/reward_forcing', steps=600)
     g = p.add_argument_group('reward forcing')
     g.add_argument('--init', metavar='FILE', help='causal few-step generator to start from')

@@ -54,8 +54,8 @@ def warped_steps(steps=FEW_STEPS, shift=5.0):
     return [1000 * shift_sigma(t / 1000, shift) for t in steps]
 
 
-def format_steps(steps):
-    return ', '.join(f'{t:.6g}' for t in steps)
+def format_steps(steps, digits=6):
+    return ', '.join(f'{t:.{digits}g}' for t in steps)
 
 
 def sigma_of(t, x):
@@ -182,6 +182,12 @@ def chunk_sizes(frames, chunk=3, first=None):
     while sum(sizes) < frames:
         sizes.append(min(chunk, frames - sum(sizes)))
     return sizes
+
+
+def draw_per_chunk(count, chunks, generators, device):
+    """A random index below `count` for each chunk of each sample, repeated over the chunk's frames: (B, F)."""
+    index = torch.stack([torch.randint(count, (len(chunks),), generator=g, device=g.device) for g in generators])
+    return index.repeat_interleave(torch.tensor(chunks, device=index.device), dim=1).to(device)
 
 
 def chunk_weights(chunks, shift):
@@ -1223,6 +1229,15 @@ def load_function(name, flag, known):
                          '(video (B, 3, T, H, W), prompts) -> (B,)') from error
 
 
+def checked_reward(reward, video, prompts):
+    """reward(video, prompts); a result that is not one number per prompt is an InputError."""
+    rewards = reward(video, prompts)
+    if tuple(rewards.shape) != (len(prompts),):
+        raise InputError(f'the reward returned shape {tuple(rewards.shape)} for a video {tuple(video.shape)} and '
+                         f'{len(prompts)} prompts: it must be ({len(prompts)},)')
+    return rewards
+
+
 def frame_reward(model):
     """An ImageReward model -> a reward of videos: the mean score of the frames."""
     def reward(video, prompts):
@@ -1265,10 +1280,7 @@ def reward_gradient(reward, vae, latents, prompts, frames, past=None):
         video = torch.cat(video, dim=2)
     picked = video[:, :, shown].requires_grad_()  # (B, 3, len(frames), H, W)
     with torch.enable_grad():
-        rewards = reward(picked, prompts)
-        if tuple(rewards.shape) != (len(prompts),):
-            raise InputError(f'the reward returned shape {tuple(rewards.shape)} for a video {tuple(picked.shape)} and '
-                             f'{len(prompts)} prompts: it must be ({len(prompts)},)')
+        rewards = checked_reward(reward, picked, prompts)
         pixels = torch.zeros_like(video)
         pixels[:, :, shown], = torch.autograd.grad(rewards.sum(), picked)
         gradient = torch.zeros_like(latents)
@@ -1578,7 +1590,8 @@ def load_checkpoint(model, name, ema=True):
 
     Accepted: flat or under generator_ema / generator / model / state_dict (the EMA is preferred, `ema=False` takes
     the other if it is there); FSDP, DDP, compile and PEFT prefixes; Wan's or diffusers' names; LoRA adapters, alone
-    (folded into the weights that the model has) or beside their base weights.
+    beside their base weights or alone (folded into the generator that their metadata name as `base`, else into the
+    weights that the model has).
     """
     path = find_file(name)
     state, metadata = read_weights(path)
@@ -1594,6 +1607,8 @@ def load_checkpoint(model, name, ema=True):
             raise InputError(f'{path} is {what}, not generator weights')
     state = native_keys(state, model.state_dict())
     if any('.lora_' in key for key in state):
+        if 'base' in metadata and all('.lora_' in key for key in state):
+            load_checkpoint(model, metadata['base'])
         rank = next((v.shape[0] for k, v in state.items() if k.endswith('.lora_A.weight')), 1)
         state = fold_lora(state, model.state_dict(), float(metadata.get('lora_alpha', rank)) / rank)
     old = model.patch_embedding.weight
@@ -1624,7 +1639,8 @@ def replace_file(path, write):
     except OSError as error:
         raise InputError(f'cannot write {path}: {error.strerror or error}') from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def saved_steps(metadata):
@@ -1694,7 +1710,7 @@ class Process:
         if self.world == 1:
             return model
         devices = [self.device.index] if self.device.type == 'cuda' else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=devices)
+        return nn.parallel.DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
     def sync(self, model, now=True):
         """Context of a backward pass; gradients are averaged over processes only when it is the step's last one."""
@@ -1768,6 +1784,20 @@ def run_script(main):
 # ----------------------------------------------------------------------------------------------------------
 # Training: what every stage does alike
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """--help with every default, also those of the model and of what else was asked for (see `parse_known`)."""
+
+    def _get_help_string(self, action):
+        told = action.default is None or '(default' in action.help
+        return action.help if told else super()._get_help_string(action)
+
+
+def parse_known(p, argv):
+    """The flags so far, before defaults depend on them; --help has to wait until they do."""
+    argv = sys.argv[1:] if argv is None else argv
+    return p.parse_known_args([word for word in argv if word not in ('-h', '--help')])[0]
+
+
 def training_flags(p, **paper):
     """Add the flags that all training stages share; `paper`: the defaults of this stage for a real model."""
     g = p.add_argument_group('data')
@@ -1821,7 +1851,7 @@ def model_defaults(name, stage=''):
 
 def parse_stage(p, stage, argv=None):
     """Parse and check a stage's flags; the defaults are the paper's, or those of the model's folder."""
-    known = vars(p.parse_known_args(argv)[0])
+    known = vars(parse_known(p, argv))
     p.set_defaults(**{k: v for k, v in model_defaults(known['model'], stage).items() if k in known})
     args = p.parse_args(argv)
     if args.frames < 1 or args.frames % 4 != 1:
@@ -1832,6 +1862,10 @@ def parse_stage(p, stage, argv=None):
     for name, low in (('steps', 1), ('batch', 1), ('accum', 1), ('save_every', 1), ('sample_every', 0), ('chunk', 1)):
         if (value := getattr(args, name, None)) is not None and value < low:
             raise InputError(f'--{name.replace("_", "-")} {value} must be at least {low}')
+    if stage != 'generate' and not 0 <= args.seed < 1 << 24:  # see `sample_generators`
+        raise InputError(f'--seed {args.seed} must be from 0 to {(1 << 24) - 1}')
+    if (shift := getattr(args, 'shift', None)) is not None and shift <= 0:
+        raise InputError(f'--shift {args.shift} must be positive')
     return args
 
 
@@ -1891,7 +1925,7 @@ def sample_numbers(args, process, step, micro=0):
 
 
 def sample_generators(args, numbers, device='cpu'):
-    """One random generator for each sample number."""
+    """One random generator for each sample number; the run's seed are the upper bits of theirs."""
     return [seeded((args.seed << 40) + n, device) for n in numbers]
 
 
@@ -1948,7 +1982,8 @@ class Run:
     parts: name -> anything with state_dict and load_state_dict (models, optimizers, averages). Nothing random needs
     to be kept, as every generator is seeded by the run's seed and a sample's number or the step.
     """
-    MAY_CHANGE = ('steps', 'batch', 'accum', 'out', 'resume', 'save_every', 'sample_every', 'device', 'checkpointing')
+    MAY_CHANGE = ('steps', 'batch', 'accum', 'out', 'resume', 'save_every', 'sample_every', 'device', 'checkpointing',
+                  'offload_text', 'motion_alarm')
 
     def __init__(self, stage, args, process, **parts):
         self.args, self.process, self.parts, self.folder = args, process, parts, Path(args.out)
@@ -2021,13 +2056,14 @@ class Run:
         return every > 0 and (self.step % every == 0 or self.step == self.args.steps)
 
     def save(self, result, timesteps, **metadata):
-        """Write all that a resumed run needs, and the result: weights for the next stage in model.safetensors."""
+        """Write the result, weights for the next stage in model.safetensors, and then all that a resumed run needs: a
+        run killed in between makes the result again."""
         if self.process.rank == 0:
+            save_checkpoint(self.folder / 'model.safetensors', result, stage=self.settings['stage'], step=self.step,
+                            timesteps=format_steps(timesteps, 10), **metadata)
             content = {'step': self.step, 'settings': self.settings,
                        'parts': {name: part.state_dict() for name, part in self.parts.items()}}
             replace_file(self.state, lambda path: torch.save(content, path))
-            save_checkpoint(self.folder / 'model.safetensors', result, stage=self.settings['stage'], step=self.step,
-                            timesteps=','.join(f'{t:.10g}' for t in timesteps), **metadata)
         self.saved = self.step
         self.process.barrier()
 

@@ -160,7 +160,7 @@ def peers(args):
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
     bench, config = Bench(args), SIZES[args.size]
     model, vae = make_models(args.size, bench)
-    h, w, _ = PICTURE.get(args.size, (480, 832, 81))
+    h, w, _ = picture(args)
     tokens = h * w // 256
     theirs = WanTransformer3DModel(
         num_attention_heads=config.num_heads, attention_head_dim=config.dim // config.num_heads,
@@ -222,7 +222,8 @@ def train(args, more):
             line, out = miniature.STAGES[name][0], Path(folder) / name
             flags = ['--batch', str(args.batch), '--steps', str(steps), '--sample-every', '0', '--out', str(out)]
             if name == 'reward_cm':
-                flags += ['--prompts-per-step', '1', '--group', str(args.batch)]
+                flags += ['--prompts-per-step', '1', '--group', str(args.batch), '--chunk', '3']
+                flags += ['--frames', '57'] if args.init is None else []  # as the tiny model's other stages
             if args.init and name not in ('student', 'ode'):
                 flags += ['--init', args.init]
             run(*line.format(data=f'{folder}/data').split(), *flags)
@@ -250,10 +251,11 @@ def memory(args):
                                                    num_layers=24, feed_forward_proj='gated-gelu')))
         lora = WanModel(config)
         cm_grpo.add_lora(lora, 256, 256, 0)
-    lora = sum(p.numel() for p in lora.parameters() if p.requires_grad)
+    lora, clip = sum(p.numel() for p in lora.parameters() if p.requires_grad), 428e6  # ViT-L/14
     cache = args.batch * 4 * config.num_layers * config.dim * tokens  # keys and values, 2 bytes each
     inputs = cache / 2  # what checkpointing keeps of a forward with gradient: the input of each block
     fixed = 2 * vae
+    kept = 32 * 4 * (3 * 16 * 4 * tokens + 512 * 4096)  # CM-GRPO, 32 rollouts per GPU: three latents and the text
     stages = {  # bytes
         'generate.py': 2 * dit + fixed + cache,
         'ode_init.py sample': 2 * dit,
@@ -262,7 +264,7 @@ def memory(args):
         'distill_dmd.py, self-forcing': (20 + 16 + 2) * dit + fixed + cache + inputs,
         'distill_dmd.py, raven': (20 + 16 + 2) * dit + fixed + cache + 2 * inputs,  # clean and noisy frames
         'the same, 14B teacher': (20 + 16) * dit + 2 * big + fixed + cache + 2 * inputs,
-        'cm_grpo.py, LoRA 256': 4 * (dit + judge) + 20 * lora + fixed + cache + 2 * inputs}
+        'cm_grpo.py, LoRA 256': 4 * (dit + judge + clip) + 20 * lora + fixed + cache + 2 * inputs + kept}
     print(f'{args.size} at {w}x{h}, {frames} frames, batch {args.batch}: GiB, without what a layer needs while it '
           f'computes\nthe text encoder, unless --offload-text keeps it off the GPU: {2 * text / 2 ** 30:.1f}')
     for name, value in stages.items():

@@ -42,6 +42,7 @@ STAGES = {
     'reward_cm': ('cm_grpo.py', 'reward', 3),
     'reward_em': ('cm_grpo.py --policy em', 'reward', 3),
 }
+FRAME_WISE = ('raven', 'reward')  # are also measured with chunks of one latent frame, as CM-GRPO trains them here
 LONG = ('ode', 'reward', 'raven', 'self_forcing', 'causvid', 'teacher_forcing', 'raven_uniform', 'distill_reward')
 # LONG are also measured over rollouts three times as long as in training.
 
@@ -58,8 +59,9 @@ CLAIMS = [  # what the papers say: (words, left figure, right figure, factor): l
     ('also late in a long video', 'raven last_reward', 'self_forcing last_reward', 1),
     ('Self Forcing is better than CausVid', 'self_forcing reward', 'causvid reward', 1),
     ('later chunks weighted more help', 'raven last_reward', 'raven_uniform last_reward', 1),
-    ('CM-GRPO raises the reward of RAVEN', 'raven_cm reward', 'raven reward', 1),
-    ('CM-GRPO raises the reward of reward forcing', 'reward_cm reward', 'reward reward', 1),
+    ('CM-GRPO raises the reward of RAVEN', 'raven_cm reward', 'raven_chunk1 reward', 1),
+    ('CM-GRPO raises the reward of reward forcing', 'reward_cm reward', 'reward_chunk1 reward', 1),
+    ('CM-GRPO keeps the motion', 'raven_cm path', 'raven_chunk1 path', 0.9),
     ('the consistency kernel learns more than Euler-Maruyama', 'reward_cm reward', 'reward_em reward', 1),
 ]
 
@@ -130,6 +132,8 @@ def plan(runs, names, fast, seeds):
         for seed in range(min(number, seeds)):
             out, needs = runs / f'{name}-{seed}', []
             command = [*line.format(data=data).split(), '--out', str(out), '--seed', str(seed), '--resume', *short]
+            if fast and line.startswith('cm_grpo.py'):
+                command += ['--group', '2', '--prompts-per-step', '1']
             if start:
                 before = f'{start}-{seed if seed < STAGES[start][2] else 0}'
                 command += ['--init', str(runs / before / 'model.safetensors')]
@@ -137,6 +141,9 @@ def plan(runs, names, fast, seeds):
             jobs[out.name] = (command, needs + (['trajectories'] if '{data}' in line else []))
             file = str(out / 'model.safetensors')
             jobs[f'{out.name} compare'] = (['tests/tiny_world.py', 'compare', file, *measured], [out.name])
+            if name in FRAME_WISE:
+                jobs[f'{out.name} chunk 1 compare'] = (
+                    ['tests/tiny_world.py', 'compare', file, '--chunk', '1', *measured], [out.name])
             if name == 'student' and not fast:  # here, since the first runs are waited for
                 jobs['teacher compare'] = (['tests/tiny_world.py', 'compare', 'teacher', *measured], [])
             if name in LONG:
@@ -228,14 +235,14 @@ def draw_curves(path, curves, title, width=640, height=300):
 def main():
     p = argparse.ArgumentParser(description='All stages of both papers in the tiny world, one after the other.')
     p.add_argument('names', nargs='*', metavar='RUN', help=f'only these of {", ".join(STAGES)}, and what they need')
-    p.add_argument('--runs', type=Path, default=Path('runs/miniature'), help='the folder of all runs')
+    p.add_argument('--runs', type=Path, help='the folder of all runs (default: runs/miniature, or runs/miniature_fast)')
     p.add_argument('--seeds', type=int, default=3, help='at most this many seeds of each')
     p.add_argument('--jobs', type=int, default=2, help='stages side by side, each on one thread')
     p.add_argument('--fast', action='store_true', help='a few steps of each stage')
     args = p.parse_args()
     if unknown := [name for name in args.names if name not in STAGES]:
         p.error(f'no run {unknown[0]}: the runs are {", ".join(STAGES)}')
-    runs = args.runs.resolve()
+    runs = (args.runs or Path('runs/miniature_fast' if args.fast else 'runs/miniature')).resolve()
     execute(plan(runs, args.names, args.fast, 1 if args.fast else args.seeds), runs, args.jobs)
     for file, columns in (('results.json', tiny_world.RESULTS), ('drift.json', tiny_world.DRIFT)):
         if (runs / file).exists():

@@ -1,4 +1,7 @@
 """CM-GRPO: closed forms of the policy, then the script itself."""
+import argparse
+import json
+
 import pytest
 import torch
 from conftest import ROOT, random_dit, random_latents, run
@@ -60,17 +63,25 @@ def test_advantages():
     assert cm_grpo.group_advantages(outlier, torch.ones(1)).max() == 5  # clipped
 
 
-def test_the_ratio_is_one_at_the_first_update():
-    x, z, x0 = (random_latents(2, 16, 2, 4, 4, seed=i) for i in range(3))
-    advantage, x0 = torch.tensor([1.5, -0.5]), x0.requires_grad_()
-    mean, std, slope = wc.consistency_kernel(x, x0, 937.5, 833.333)
-    old = cm_grpo.log_prob(z, mean, std).detach()
-    loss = cm_grpo.clipped_loss(x0, z, mean, std, old, advantage, 0.2)
-    assert loss.item() == pytest.approx(-advantage.mean().item())  # ratio 1, nothing clipped
-    gradient, = torch.autograd.grad(loss, x0)
-    x0_b = x0.detach().clone().requires_grad_()
-    cm_grpo.surrogate(x0_b, z, (1 - 0.833333) * x0_b, std, slope, advantage, torch.ones(2)).backward()
-    torch.testing.assert_close(gradient, x0_b.grad, rtol=1e-4, atol=1e-7)  # the on-policy gradient
+@pytest.mark.parametrize("moved", [0.0, 0.01])
+def test_several_updates_have_the_gradient_of_ppos_clipped_ratio(moved):
+    """By autograd, on-policy (the ratio is 1, nothing is clipped) and after the policy has moved."""
+    z, x0 = (random_latents(6, 16, 2, 4, 4, seed=i) for i in range(2))
+    advantage, clip = torch.tensor([1.5, 1.5, 1.5, -0.5, -0.5, -0.5]), 2e-3
+    mean, std, slope = wc.consistency_kernel(None, x0, 937.5, 833.333)
+    old = cm_grpo.log_prob(z, mean, std)
+    x0 = (x0 + moved * random_latents(6, 16, 2, 4, 4, seed=3)).requires_grad_()
+    mean, std, slope = wc.consistency_kernel(None, x0, 937.5, 833.333)
+    ratio = (cm_grpo.log_prob(z, mean, std) - old).exp()
+    ratio = ratio * torch.tensor([1, 1.003, 0.997] * 2) if moved else ratio
+    left = cm_grpo.clipped_advantage(advantage, ratio.detach(), clip)
+    assert (left == 0).tolist() == ([False, True, False, False, False, True] if moved else [False] * 6)
+    if not moved:
+        assert torch.equal(left, advantage)
+    got, = torch.autograd.grad(cm_grpo.surrogate(x0, z, mean, std, slope, left, torch.ones(2)), x0, retain_graph=True)
+    ppo = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
+    wanted, = torch.autograd.grad(ppo, x0)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-8)
 
 
 def test_kl_is_torchs():
@@ -118,11 +129,20 @@ def test_lora_starts_as_the_model_and_folds_into_what_it_became(tmp_path):
         plain = random_dit(seed=1)
         wc.load_exactly(plain, cm_grpo.folded(net, ema.average, 8.0 / 4), "folded")
         torch.testing.assert_close(plain(x, t, context), after, atol=1e-4, rtol=1e-4)
-        # the adapter alone, through the loader, on the same base
-        wc.save_checkpoint(tmp_path / "lora.safetensors", cm_grpo.adapter(ema.average), lora_alpha=8.0)
-        base = random_dit()
-        wc.load_checkpoint(base, tmp_path / "lora.safetensors")
-        torch.testing.assert_close(base(x, t, context), after, atol=1e-4, rtol=1e-4)
+        # the adapter alone, through the loader: into the generator that it names, whatever the model held
+        wc.save_checkpoint(tmp_path / "start.safetensors", random_dit().state_dict(), kind="causal")
+        args = argparse.Namespace(init=tmp_path / "start.safetensors", lora_rank=4, lora_alpha=8.0)
+        cm_grpo.save_adapter(tmp_path, ema.average, args, chunk=3)
+        other = random_dit(seed=1)
+        assert wc.load_checkpoint(other, tmp_path / "adapter_model.safetensors")["chunk"] == "3"
+        torch.testing.assert_close(other(x, t, context), after, atol=1e-4, rtol=1e-4)
+    # PEFT's names and settings
+    names = {n for n, m in random_dit().named_modules() if isinstance(m, torch.nn.Linear)}
+    assert set(load_file(tmp_path / "adapter_model.safetensors")) == {
+        f"base_model.model.{n}.lora_{side}.weight" for n in names for side in "AB"}
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 8.0)
+    assert set(config["target_modules"]) == names
 
 
 def test_motion_rewards_know_still_from_moving_from_jerky():
@@ -134,6 +154,8 @@ def test_motion_rewards_know_still_from_moving_from_jerky():
     amount = [cm_grpo.motion_amount(v, ["x"]).item() for v in (still, moving, jerky)]
     smooth = [cm_grpo.motion_smoothness(v, ["x"]).item() for v in (still, moving, jerky)]
     assert amount[0] == 0 < amount[1] and smooth[0] == 1 > smooth[1] > smooth[2]
+    picture = moving[:, :, :1]
+    assert (cm_grpo.motion_amount(picture, ["x"]), cm_grpo.motion_smoothness(picture, ["x"])) == (0, 1)
 
 
 @pytest.fixture(scope="module")
@@ -185,4 +207,21 @@ def test_other_settings_run_and_leave_a_generator(flags, clip_folder, tmp_path):
     assert done.returncode == 0, done.stderr
     result = load_file(tmp_path / "run/model.safetensors")
     assert set(result) == set(start) and any(not torch.equal(result[k], start[k]) for k in start)
-    assert (tmp_path / "run/lora.safetensors").exists() == (flags[0] != "--lora-rank")
+    assert (tmp_path / "run/lora/adapter_config.json").exists() == (flags[0] != "--lora-rank")
+
+
+def test_a_reward_that_is_not_a_number_stops_the_run_in_words(tmp_path):
+    wc.save_checkpoint(tmp_path / "start.safetensors", wc.load_dit(ROOT / "tests/tiny").state_dict(), kind="causal")
+    (tmp_path / "mine.py").write_text("def nan(video, prompts):\n    return video.mean((1, 2, 3, 4)) * float('nan')\n"
+                                      "def scalar(video, prompts):\n    return video.mean()\n")
+    for name, message in (("nan", "reward_mine:nan is nan at step 1"), ("scalar", "the reward returned shape ()")):
+        done = run("cm_grpo.py", "--init", tmp_path / "start.safetensors", "--frames", 5, "--height", 32, "--width", 32,
+                   "--batch", 2, "--group", 2, "--prompts-per-step", 1, "--steps", 1, "--sample-every", 0,
+                   "--rewards", f"mine:{name}", "--out", tmp_path / name, env={"PYTHONPATH": str(tmp_path)})
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_motion_is_compared_over_ten_steps():
+    lines = [f'{{"motion": {m}}}' for m in [0.2, 0.4] * 5 + [9] * 3 + [0.1] * 10]
+    assert cm_grpo.mean_motion(lines) == pytest.approx([0.3, 0.1])
+    assert cm_grpo.mean_motion(lines[:1]) == pytest.approx([0.2, 0.2])

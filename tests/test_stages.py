@@ -272,7 +272,8 @@ def test_the_papers_settings_are_the_defaults_of_their_history():
     assert (own.ratio, own.guidance, own.ema, own.ema_start, own.beta1) == (5, 4, 0.99, 200, 0)
     assert own.chunk_weight_shift == 0
     assert (data.ratio, data.guidance, data.shift, data.critic_lr, data.beta1) == (5, 4.5, 8.0, 2e-6, 0.9)
-    assert defaults().history == "bidirectional" and defaults("--history", "raven").history == "bidirectional"
+    assert defaults().history == "bidirectional"
+    assert defaults("--student", "causal", "--init", "x").history == "self-forcing"
     assert defaults(*causal, "raven", "--ratio", "7").ratio == 7
 
 
@@ -618,7 +619,12 @@ BAD = [
     (["ode_init.py", "train", "--data", "{empty}"], "holds no trajectories: make them with ode_init.py sample"),
     (["ode_init.py", "train", "--data", "{damaged}"], "is not a shard of trajectories, or is damaged"),
     (["ode_init.py", "sample", "--out", "{data}", "--seed", 5], "holds trajectories with"),
+    (["ode_init.py", "sample", "--out", "README.md"], "cannot write README.md/"),
+    (["ode_init.py", "train", "--data", "{data}", "--init", "{other}"], "samples at 1000, 900, but"),
     (["distill_dmd.py", "--out", "/dev/null/x"], "cannot write to /dev/null/x"),
+    (["distill_dmd.py", "--history", "raven"], "--history raven needs --student causal"),
+    (["distill_dmd.py", "--shift", 0], "--shift 0.0 must be positive"),
+    (["reward_forcing.py", "--init", "{ode}", "--seed", 1 << 24], "--seed 16777216 must be from 0 to 16777215"),
 ]
 
 
@@ -630,7 +636,10 @@ def refused(made, tmp_path_factory):
         (folder / name).mkdir()
     (folder / "damaged/trajectories_000000.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{nothing")
     torch.save({"step": 1, "settings": {"stage": "distill_dmd"}, "parts": {}}, folder / "run/state.pt")
-    names = {"student": made / "student.safetensors", "ode": made / "ode.safetensors", "data": made / "trajectories",
+    wc.save_checkpoint(folder / "other.safetensors", wc.load_dit(TINY).state_dict(), kind="bidirectional",
+                       timesteps="1000,900")
+    names = {"other": folder / "other.safetensors", "student": made / "student.safetensors",
+             "ode": made / "ode.safetensors", "data": made / "trajectories",
              **{name: folder / name for name in ("empty", "damaged", "run")}}
     commands = []
     for i, (args, _) in enumerate(BAD):

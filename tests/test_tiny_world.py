@@ -158,6 +158,14 @@ def test_reward_is_good():
     assert right.float().mean() > 0.93
 
 
+def test_rows_are_named_by_run_and_seed():
+    assert tw.label("runs/raven-1/model.safetensors") == "raven-1"
+    assert tw.label("runs/raven-1/model.safetensors", chunk=1) == "raven_chunk1-1"
+    assert tw.label("tests/tiny/raven.safetensors", chunk=1) == "raven_chunk1"
+    rows = {"raven-0": {"path": 1}, "raven_chunk1-0": {"path": 2}, "raven-1": {"path": 3}}
+    assert tw.by_run(rows) == {"raven": [{"path": 1}, {"path": 3}], "raven_chunk1": [{"path": 2}]}
+
+
 def test_measured_figures_are_those_of_the_readme():
     measured = json.loads((TINY / "measured.json").read_text())
     readme = (ROOT / "README.md").read_text()

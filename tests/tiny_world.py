@@ -805,8 +805,9 @@ DEFAULTS = {
     "ode_init train": {"steps": 300, "lr": 3e-4, "ema": 0.98, "sample_every": 200},
     "reward_forcing": {"batch": 4, "steps": 200, "lr": 5e-5, "ema": 0.98, "decode_past": 8,
                        "init": "ode.safetensors"},
-    "cm_grpo": {"init": "reward_forced.safetensors", "steps": 100, "lr": 1e-4, "group": 8, "prompts_per_step": 4,
-                "lora_rank": 16, "lora_alpha": 16, "rewards": ["imagereward=1", "motion=0.35", "smoothness=0.75"]},
+    "cm_grpo": {"init": "reward_forced.safetensors", "frames": 5, "chunk": 1, "steps": 45, "lr": 2e-4, "ema": 0.9,
+                "batch": 32, "group": 16, "prompts_per_step": 4, "lora_rank": 16, "lora_alpha": 16,
+                "rewards": ["imagereward=1", "motion=0.35", "smoothness=0.75"]},
 }
 
 
@@ -858,22 +859,24 @@ def mean_reward(reward, video, captions):
     return {"reward_last": scores[-1].mean().item(), "reward": scores.mean().item()}
 
 
-def sample(out, name, captions, seed=0):
-    """Videos (N, 3, 57, 64, 64) of a generator: a file, or 'teacher' for the model itself."""
+def sample(out, name, captions, seed=0, chunk=None):
+    """Videos (N, 3, 57, 64, 64) of a generator: a file, or 'teacher' for the model itself. chunk: latent frames per
+    chunk, if not as in training."""
     model, vae, text = load_dit(out).eval(), load_vae(out), load_text_encoder(out)
     if name == "teacher":
         return sample_teacher(model, vae, text, captions, seed=seed)
-    return sample_student(model, load_checkpoint(model, name), vae, text, captions, seed)
+    metadata = load_checkpoint(model, name)
+    return sample_student(model, {**metadata, **({"chunk": chunk} if chunk else {})}, vae, text, captions, seed)
 
 
-def compare(out, checkpoints, results, count=200, seed=0):
+def compare(out, checkpoints, results, count=200, seed=0, chunk=None):
     """What generators show of held-out captions, added to `results`/results.json: label -> measurements."""
     captions, reward = split()[1][:count], load_image_reward(out / "reward_model")
     for name in checkpoints:
-        video = sample(out, name, captions, seed)
+        video = sample(out, name, captions, seed, chunk)
         row = {**scorecard(video, captions), **mean_reward(reward, video, captions), "captions": count}
-        add_result(results / "results.json", name, row)
-        print(results_table({label(name): row}), flush=True)
+        add_result(results / "results.json", label(name, chunk), row)
+        print(results_table({label(name, chunk): row}), flush=True)
 
 
 def drift(out, checkpoints, results, count=40, seed=0):
@@ -887,15 +890,16 @@ def drift(out, checkpoints, results, count=40, seed=0):
         cards = {third: {**scorecard(v, captions), **mean_reward(reward, v, captions)} for third, v in thirds.items()}
         row = {f"{third}_{k}": card[k] for third, card in cards.items()
                for k in ("reward", "texture_correlation", "texture", "path")}
-        add_result(results / "drift.json", name, {**row, "captions": count})
+        add_result(results / "drift.json", label(name), {**row, "captions": count})
         print(results_table({label(name): row}, DRIFT), flush=True)
 
 
-def label(name):
+def label(name, chunk=None):
     """A generator's name: the folder of its model.safetensors, i.e. its run, or its file's name. What ends in -1, -2,
-    ... are seeds of the same."""
+    ... are seeds of the same. raven-1 with another chunk size than in training becomes raven_chunk1-1."""
     path = Path(name)
-    return path.parent.name if path.name == "model.safetensors" else path.stem
+    name = path.parent.name if path.name == "model.safetensors" else path.stem
+    return re.sub(r"(-\d+)?$", rf"_chunk{chunk}\1", name, count=1) if chunk else name
 
 
 def add_result(file, name, row):
@@ -904,7 +908,7 @@ def add_result(file, name, row):
     with open(file, "a+") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         f.seek(0)
-        rows = json.loads(f.read() or "{}") | {label(name): {k: round(v, 4) for k, v in row.items()}}
+        rows = json.loads(f.read() or "{}") | {name: {k: round(v, 4) for k, v in row.items()}}
         f.truncate(0)
         f.write(json.dumps(rows, indent=2) + "\n")
 
@@ -1004,6 +1008,7 @@ def main():
                              "file and its name")
     parser.add_argument("--count", type=int, help="for compare and drift: held-out captions (default: 200 and 40)")
     parser.add_argument("--seed", type=int, default=0, help="for compare and drift: of the noise")
+    parser.add_argument("--chunk", type=int, help="for compare: latent frames per chunk (default: as in training)")
     parser.add_argument("--to", type=Path, default=Path(__file__).parent / "frames.png",
                         help="for picture: the file, .png or .mp4")
     parser.add_argument("--captions", type=int, default=6, help="for picture: how many")
@@ -1017,7 +1022,7 @@ def main():
     elif args.verb == "keep":
         keep(args.out, *args.generators)
     elif args.verb == "compare":
-        compare(args.out, args.generators, args.results or args.out, args.count or 200, args.seed)
+        compare(args.out, args.generators, args.results or args.out, args.count or 200, args.seed, args.chunk)
     elif args.verb == "drift":
         drift(args.out, args.generators, args.results or args.out, args.count or 40, args.seed)
     elif args.verb == "picture":
