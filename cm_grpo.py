@@ -332,7 +332,7 @@ def train(args, process):
     frozen = None if args.lora_rank else copy.deepcopy(net).requires_grad_(False)  # the start, for the KL
     if args.lora_rank:
         add_lora(net, args.lora_rank, args.lora_alpha, args.seed)
-    policy = process.wrap(net)
+    generator = process.wrap(net)
     steps, chunk = saved_steps(metadata) or warped_steps(), args.chunk or int(metadata.get('chunk', 3))
     shape = latent_shape(args, net.config)
     chunks = chunk_sizes(shape[1], chunk)
@@ -357,7 +357,7 @@ def train(args, process):
             generators = sample_generators(args, numbers, device)
             captions = [shuffled(prompts, n // args.group, args.seed) for n in numbers]
             context, noise = text(captions).float(), gaussian((args.batch, *shape), generators, device)
-            states, endpoints = recorded_rollout(policy, noise, context, steps, chunks, generators, kernel)
+            states, endpoints = recorded_rollout(generator, noise, context, steps, chunks, generators, kernel)
             with torch.no_grad():
                 video = vae.decode(endpoints)
                 scores.append(torch.stack([checked_reward(reward, video, captions).float() for _, reward in rewards],
@@ -380,8 +380,8 @@ def train(args, process):
         for update in range(args.updates):
             kl_sum, clipped = 0, 0
             for micro, (context, x_t, z_next, endpoints) in enumerate(batches):
-                with process.sync(policy, micro == args.accum - 1):
-                    x0 = interleaved_x0(policy, x_t, t, endpoints, context, chunks)
+                with process.sync(generator, micro == args.accum - 1):
+                    x0 = interleaved_x0(generator, x_t, t, endpoints, context, chunks)
                     mean, std, slope = kernel(x_t, x0, steps[k], steps[k + 1])
                     now = log_prob(z_next, mean.detach(), std)
                     old[micro] = now if update == 0 else old[micro]

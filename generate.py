@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from wan_causal import (MAX_POSITION, NEGATIVE_PROMPT, Help, InputError, chunk_sizes, compile_for_inference,
-                        compute_dtype, find_folder, format_steps, gaussian, latent_frames, load_checkpoint, load_dit,
-                        load_text_encoder, load_vae, machine_flags, model_defaults, ode_trajectory, parse_stage,
-                        processes, read_lines, require, rollout, run_script, saved_steps, seeded, sigma_schedule,
-                        warped_steps)
+from wan_causal import (MAX_POSITION, NEGATIVE_PROMPT, Help, InputError, check_writable, chunk_sizes,
+                        compile_for_inference, compute_dtype, find_folder, format_steps, gaussian, latent_frames,
+                        load_checkpoint, load_dit, load_text_encoder, load_vae, machine_flags, model_defaults,
+                        ode_trajectory, parse_stage, processes, read_lines, require, rollout, run_script,
+                        saved_steps, seeded, sigma_schedule, to_frames, warped_steps)
 
 
 def parse_args(argv=None):
@@ -118,14 +118,8 @@ def read_jobs(args):
                 for seed, (prompt, word) in enumerate(zip(prompts, words), args.seed)]
     if not jobs or not all(prompt.strip() for prompt, *_ in jobs):
         raise InputError('empty prompt: give at least one prompt, as text or with --prompts FILE')
-    try:
-        for folder in {path.parent for *_, path in jobs}:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / '.probe'
-            probe.touch()
-            probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f'cannot write to {folder}: {error.strerror}') from error
+    for folder in {path.parent for *_, path in jobs}:
+        check_writable(folder)
     return jobs
 
 
@@ -236,12 +230,12 @@ def generate(parts, args, prompt, seed, path, process, negative, init):
         return latent_chunks(model, args, context, negative, init, frames, generator)
 
     pieces = overlapping(clock, vae, args, rolled) if args.overlap else decoded(clock, vae, rolled(init, args.frames))
-    temporary = path.with_name(f'.{path.stem}.part.mp4')
+    temporary = path.with_name(f'.{path.stem}.part.mp4')  # the same name again after a kill
     try:
         with imageio.get_writer(temporary, fps=args.fps, quality=8, macro_block_size=2) as writer, \
                 tqdm(total=args.frames, unit='frame', desc=path.name[:30], disable=args.quiet) as bar:
-            for frames in pieces:  # (3, T, H, W)
-                frames = ((frames + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+            for piece in pieces:
+                frames = to_frames(piece)
                 clock.seconds.setdefault('first', [clock.now()])
                 for frame in frames:
                     writer.append_data(frame)

@@ -30,8 +30,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from wan_causal import (EMA, NEGATIVE_PROMPT, Help, InputError, Run, Trajectories, block_causal, chunk_sizes,
-                        compute_dtype, draw_per_chunk, find_folder, format_steps, gaussian, latent_shape,
+from wan_causal import (EMA, NEGATIVE_PROMPT, Help, InputError, Run, Trajectories, block_causal, check_writable,
+                        chunk_sizes, compute_dtype, draw_per_chunk, find_folder, format_steps, gaussian, latent_shape,
                         load_checkpoint, load_dit, load_text_encoder, load_vae, machine_flags, ode_trajectory,
                         parse_stage, processes, read_prompts, replace_file, require, run_script, sample_generators,
                         sample_numbers, saved_steps, shift_sigma, shuffled, trainable, training_flags, warped_steps,
@@ -146,8 +146,7 @@ def sample(args, process):
     process.print(f'timesteps {format_steps(timesteps)} and 0, out of {len(sigmas) - 1} Euler steps at guidance '
                   f'{args.guidance}\n{args.count} trajectories of {each / 1e6:.1f} MB: {args.count * each / 1e9:.2f} '
                   f'GB on disk in all; {sum(map(len, missing))} to be made, {need / 1e9:.2f} GB')
-    replace_file(out / '.probe', Path.touch)
-    (out / '.probe').unlink(missing_ok=True)
+    check_writable(out)
     if need > shutil.disk_usage(out).free:
         raise InputError(f'{out} has {shutil.disk_usage(out).free / 1e9:.2f} GB free, but {need / 1e9:.2f} GB are '
                          'needed: take fewer with --count, or another --out')

@@ -27,11 +27,12 @@ import random
 
 import torch
 
-from wan_causal import (EMA, Help, InputError, Run, chunk_sizes, compute_dtype, find_folder, format_steps,
-                        frame_reward, gaussian, latent_frame, latent_motion, latent_shape, load_checkpoint, load_dit,
-                        load_function, load_image_reward, load_text_encoder, load_vae, parse_stage, processes,
-                        read_prompts, require, reward_gradient, rollout, run_script, sample_generators, sample_numbers,
-                        saved_steps, shuffled, trainable, training_flags, warped_steps)
+from wan_causal import (EMA, Help, InputError, Run, block_causal, chunk_sizes, compute_dtype, find_folder,
+                        format_steps, frame_reward, gaussian, latent_frame, latent_motion, latent_shape,
+                        load_checkpoint, load_dit, load_function, load_image_reward, load_text_encoder, load_vae,
+                        parse_stage, processes, read_prompts, require, reward_gradient, rollout, run_script,
+                        sample_generators, sample_numbers, saved_steps, shuffled, trainable, training_flags,
+                        warped_steps)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -47,11 +48,6 @@ def load_reward(args, device):
 def rewarded_frames(mode, frames, random):
     """Which of a video's frames are rewarded: 'last', 'random' (one of them) or 'all'. Paper 3.2 and 5.2."""
     return {'last': [frames - 1], 'random': [random.randrange(frames)], 'all': list(range(frames))}[mode]
-
-
-def chunk_of(chunks, frame):
-    """Index of the chunk that holds a latent frame."""
-    return next(i for i in range(len(chunks)) if frame < sum(chunks[:i + 1]))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -102,6 +98,7 @@ def train(args, process):
     steps, chunk = saved_steps(metadata) or warped_steps(), args.chunk or int(metadata.get('chunk', 3))
     shape = latent_shape(args, net.config)
     chunks = chunk_sizes(shape[1], chunk)
+    layout = block_causal(chunks)
     process.print(f'timesteps {format_steps(steps)}; chunks of {chunk} latent frames; reward: {args.reward} of '
                   f'{args.reward_frames} frame{"s" * (args.reward_frames == "all")}')
 
@@ -116,7 +113,7 @@ def train(args, process):
         steer = random.Random(f'{args.seed} {step}')  # the same on all ranks
         exit_step = steer.randrange(len(steps)) if args.exit_step == 'random' else len(steps) - 1
         frames = rewarded_frames(args.reward_frames, args.frames, steer)
-        first, last = chunk_of(chunks, latent_frame(frames[0])), chunk_of(chunks, latent_frame(frames[-1]))
+        first, last = (layout.chunk[latent_frame(frame)] for frame in (frames[0], frames[-1]))  # chunks they lie in
         rolled = chunks[:last + 1]  # nothing after the last rewarded frame is needed
         rewards, motion = [], 0
         for micro in range(args.accum):

@@ -866,6 +866,11 @@ class WanVAE(nn.Module):
         return self.decode(latents[:, :, -1:], cache)
 
 
+def to_frames(video):
+    """Video (3, T, H, W) in [-1, 1] -> frames (T, H, W, 3), a numpy array of bytes."""
+    return ((video + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+
+
 def compile_for_inference(model, vae):
     """Compile the DiT's blocks around their attention, and the decoder's norms (a minute, once)."""
     for block in model.blocks:
@@ -932,7 +937,7 @@ class Chunk:
     start: int  # its first latent frame
     x0: torch.Tensor  # the clean endpoint
     states: list  # with record=True: the noisy state at each step that was run
-    endpoints: list  # with record=True: the x0 predicted from each of them, without graph
+    predictions: list  # with record=True: the x0 predicted from each of them, without graph
 
 
 def consistency_kernel(x, x0, t, s):
@@ -1010,7 +1015,7 @@ def rollout(model, noise, context, steps, chunks, *, window=None, sink=0, init=N
             before = None
             if record:
                 chunk.states.append(x)
-                chunk.endpoints.append(x0.detach())
+                chunk.predictions.append(x0.detach())
             if k == exit_step or k == len(steps) - 1:
                 break
             mean, std, *_ = kernel(x, x0, t, steps[k + 1])
@@ -1629,6 +1634,12 @@ def save_checkpoint(path, state, **metadata):
     replace_file(Path(path), lambda temporary: save_file(state, temporary, metadata=text))
 
 
+def check_writable(folder):
+    """Make a folder if need be; one that cannot be written to is an InputError."""
+    replace_file(folder / '.probe', Path.touch)
+    (folder / '.probe').unlink(missing_ok=True)
+
+
 def replace_file(path, write):
     """write(temporary path), then rename: the file is there whole or not at all."""
     temporary = path.with_name(f'.{path.stem}.{os.getpid()}{path.suffix}')
@@ -2078,7 +2089,7 @@ class Run:
             noise = gaussian((1, *shape), random, self.process.device)
             rolled = rollout(model, noise, text(prompts[i:i + 1]), steps, chunks, generator=random)
             video = vae.decode(torch.cat([chunk.x0 for chunk in rolled], dim=2))
-            frames = ((video[0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+            frames = to_frames(video[0])
             replace_file(folder / f'{i}.mp4', lambda path: imageio.mimwrite(path, frames, fps=16, macro_block_size=2))
             yield prompts[i], video
 

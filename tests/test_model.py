@@ -187,7 +187,7 @@ def test_interleaved_forward_equals_cached_rollout(chunks, window, sink, step):
     with torch.no_grad():
         video = run_rollout(model, chunks, window=window, sink=sink)
         state, clean, predicted = (torch.cat(parts, 2) for parts in zip(
-            *[(c.states[step], c.x0, c.endpoints[step]) for c in video]))
+            *[(c.states[step], c.x0, c.predictions[step]) for c in video]))
         t = torch.full((2, sum(chunks)), STEPS[step])
         v = model(wc.interleave(state, clean, chunks), wc.interleave(t, 0 * t, chunks), CONTEXT,
                   wc.interleaved(chunks, window, sink))
@@ -277,9 +277,9 @@ def test_rollout_consistency_step():
         chunk = run_rollout(random_dit(), [9])[0]
     for k in range(1, 4):
         sigma = STEPS[k] / 1000
-        eps = (chunk.states[k] - (1 - sigma) * chunk.endpoints[k - 1]) / sigma
+        eps = (chunk.states[k] - (1 - sigma) * chunk.predictions[k - 1]) / sigma
         assert abs(eps.mean()) < 0.05 and abs(eps.std() - 1) < 0.05
-    assert torch.equal(chunk.endpoints[-1], chunk.x0)
+    assert torch.equal(chunk.predictions[-1], chunk.x0)
 
 
 def test_rollout_does_not_depend_on_the_batch():
