@@ -1,6 +1,6 @@
 """Both papers in miniature: every stage through its own command line, in the tiny world, on a laptop's CPU.
 
-    python tests/miniature.py --jobs 2          # everything; a killed run goes on where it was
+    python tests/miniature.py                   # everything; a killed run goes on where it was
     python tests/miniature.py ode reward        # what these runs need, and these
     python tests/miniature.py --fast            # every stage for a few steps: shows that it runs, proves nothing
 
@@ -236,7 +236,7 @@ def main():
     p = argparse.ArgumentParser(description='All stages of both papers in the tiny world, one after the other.')
     p.add_argument('names', nargs='*', metavar='RUN', help=f'only these of {", ".join(STAGES)}, and what they need')
     p.add_argument('--runs', type=Path, help='the folder of all runs (default: runs/miniature, or runs/miniature_fast)')
-    p.add_argument('--seeds', type=int, default=3, help='at most this many seeds of each')
+    p.add_argument('--seeds', type=int, default=2, help='at most this many seeds of each')
     p.add_argument('--jobs', type=int, default=2, help='stages side by side, each on one thread')
     p.add_argument('--fast', action='store_true', help='a few steps of each stage')
     args = p.parse_args()
