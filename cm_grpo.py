@@ -208,7 +208,8 @@ class LoRA(nn.Module):
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x):
-        return self.base_layer(x) + self.scale * self.lora_B(self.lora_A(x)) if self.on else self.base_layer(x)
+        out = self.base_layer(x)
+        return out + self.scale * self.lora_B(self.lora_A(x)) if self.on else out
 
 
 def add_lora(net, rank, alpha, seed):
@@ -301,8 +302,15 @@ def parse_args(argv=None):
 
 def mean_motion(lines, count=10):
     """Lines of metrics.jsonl -> mean motion of the first and of the last `count` of them."""
-    motion = [json.loads(line)['motion'] for line in lines]
-    return [sum(part) / len(part) for part in (motion[:count], motion[-count:])]
+    return [sum(json.loads(line)['motion'] for line in part) / len(part) for part in (lines[:count], lines[-count:])]
+
+
+def warn_when_still(log, share):
+    """A warning when the motion in metrics.jsonl has fallen below this share of its start."""
+    start, last = mean_motion(log.read_text().splitlines())
+    if last < share * start:
+        print(f'warning: motion fell from {start:.4f} to {last:.4f}: the rewards may favour static videos; give motion '
+              'more weight, or stop', flush=True)
 
 
 def main():
@@ -391,7 +399,7 @@ def train(args, process):
                     (loss / args.accum).backward()
                 kl_sum += kl.item() / args.accum
                 clipped += ((A == 0) & (mine[micro] != 0)).float().mean().item() / args.accum
-            norm = torch.nn.utils.clip_grad_norm_([p for p in net.parameters() if p.requires_grad], args.grad_clip)
+            norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip)
             metrics = run.check(kl=kl_sum, grad_norm=norm, motion=motion,
                                 **({'clipped': clipped} if args.updates > 1 else {}))
             optimizer.step()
@@ -402,10 +410,7 @@ def train(args, process):
         dead = (advantage.abs().amax(dim=1) == 0).float().mean().item()  # groups without any spread teach nothing
         run.report(**named, no_spread=dead, transition=k, **metrics)
         if process.rank == 0:
-            start, last = mean_motion(run.log.read_text().splitlines())
-            if last < args.motion_alarm * start:
-                print(f'warning: motion fell from {start:.4f} to {last:.4f}: the rewards may favour static videos; '
-                      'give motion more weight, or stop', flush=True)
+            warn_when_still(run.log, args.motion_alarm)
         if run.due(args.sample_every):
             with ema.swapped_in(net):
                 for _ in run.samples(net, vae, text, held_out, shape, steps, chunks):

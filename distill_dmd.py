@@ -184,8 +184,7 @@ def last_window(x0, frames, vae):
 # ----------------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description='Few-step distillation by distribution matching.',
-                                formatter_class=Help)
+    p = argparse.ArgumentParser(description='Few-step distillation by distribution matching.', formatter_class=Help)
     training_flags(p, out='runs/distill_dmd')
     g = p.add_argument_group('student')
     g.add_argument('--student', choices=['bidirectional', 'causal'], default='bidirectional', help='what is trained')
@@ -211,7 +210,7 @@ def parse_args(argv=None):
     asked = parse_known(p, argv)
     if asked.history and asked.student == 'bidirectional':
         raise InputError(f'--history {asked.history} needs --student causal')
-    history = 'bidirectional' if asked.student == 'bidirectional' else asked.history or 'self-forcing'
+    history = (asked.history or 'self-forcing') if asked.student == 'causal' else 'bidirectional'
     p.set_defaults(**SETTINGS[history])
     args = parse_stage(p, f'distill_dmd {asked.student}', argv)
     args.history = history

@@ -30,8 +30,7 @@ from wan_causal import (MAX_POSITION, NEGATIVE_PROMPT, Help, InputError, check_w
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description='Generate videos from prompts.',
-                                formatter_class=Help)
+    p = argparse.ArgumentParser(description='Generate videos from prompts.', formatter_class=Help)
     g = p.add_argument_group('what')
     g.add_argument('prompt', nargs='*', help='one or more prompts')
     g.add_argument('--prompts', dest='prompt_file', metavar='FILE', help='a text file with one prompt per line')

@@ -1594,8 +1594,8 @@ def load_checkpoint(model, name, ema=True):
     """Load generator weights into a DiT from any layout of the field; return the file's metadata (a dict of str).
 
     Accepted: flat or under generator_ema / generator / model / state_dict (the EMA is preferred, `ema=False` takes
-    the other if it is there); FSDP, DDP, compile and PEFT prefixes; Wan's or diffusers' names; LoRA adapters, alone
-    beside their base weights or alone (folded into the generator that their metadata name as `base`, else into the
+    the other if it is there); FSDP, DDP, compile and PEFT prefixes; Wan's or diffusers' names; LoRA adapters, beside
+    their base weights or alone (folded into the generator that their metadata name as `base`, else into the
     weights that the model has).
     """
     path = find_file(name)

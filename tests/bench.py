@@ -222,8 +222,8 @@ def train(args, more):
             line, out = miniature.STAGES[name][0], Path(folder) / name
             flags = ['--batch', str(args.batch), '--steps', str(steps), '--sample-every', '0', '--out', str(out)]
             if name == 'reward_cm':
-                flags += ['--prompts-per-step', '1', '--group', str(args.batch), '--chunk', '3']
-                flags += ['--frames', '57'] if args.init is None else []  # as the tiny model's other stages
+                flags += ['--prompts-per-step', '1', '--group', str(args.batch), '--chunk', str(args.chunk)]
+                flags += [] if args.init else ['--frames', str(PICTURE['tiny'][2])]  # as the tiny model's other stages
             if args.init and name not in ('student', 'ode'):
                 flags += ['--init', args.init]
             run(*line.format(data=f'{folder}/data').split(), *flags)

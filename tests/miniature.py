@@ -75,10 +75,9 @@ def claims(runs):
 
     def figures(figure):  # 'run measurement' -> its values over the seeds that are there, and its spread
         run, key = figure.split()
-        runs = drift if key.startswith('last_') else results
-        values = [[row[key] for row in rows] for rows in runs.values() if key in rows[0]]
-        spreads = [statistics.stdev(v) for v in values if len(v) > 1]
-        return [row[key] for row in runs.get(run, [])], max(spreads, default=0)
+        measured = drift if key.startswith('last_') else results
+        values = {name: [row[key] for row in rows] for name, rows in measured.items() if key in rows[0]}
+        return values.get(run, []), max((statistics.stdev(v) for v in values.values() if len(v) > 1), default=0)
     for words, left, right, factor in CLAIMS:
         (a, spread), (b, _) = figures(left), figures(right)
         if a and b:

@@ -866,7 +866,9 @@ def sample(out, name, captions, seed=0, chunk=None):
     if name == "teacher":
         return sample_teacher(model, vae, text, captions, seed=seed)
     metadata = load_checkpoint(model, name)
-    return sample_student(model, {**metadata, **({"chunk": chunk} if chunk else {})}, vae, text, captions, seed)
+    if chunk:
+        metadata["chunk"] = chunk
+    return sample_student(model, metadata, vae, text, captions, seed)
 
 
 def compare(out, checkpoints, results, count=200, seed=0, chunk=None):
