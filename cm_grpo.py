@@ -136,7 +136,8 @@ def motion_smoothness(video, prompts):
 
 def some_frames(video, count=8):
     """`count` evenly spaced frames of a video, as a list of (B, 3, H, W)."""
-    return [video[:, :, i] for i in torch.linspace(0, video.shape[2] - 1, min(count, video.shape[2])).round().long()]
+    where = torch.linspace(0, video.shape[2] - 1, min(count, video.shape[2])).round().long()
+    return [video[:, :, i] for i in where.tolist()]
 
 
 class Clip:
@@ -352,7 +353,7 @@ def train(args, process):
     # --- optimizer
     ema = EMA(net, args.ema, args.ema_start)
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=args.lr,
-                                  betas=(args.beta1, 0.999), eps=1e-10, weight_decay=args.weight_decay)
+                                  betas=(args.beta1, 0.999), eps=1e-10, weight_decay=args.weight_decay, fused=True)
     run = Run('cm_grpo', args, process, generator=net, ema=ema, optimizer=optimizer)
 
     # --- loop

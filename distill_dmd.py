@@ -241,6 +241,7 @@ def train(args, process):
     # --- models
     folder = find_folder(args.model)
     text, vae = load_text_encoder(folder, dtype, device, args.offload_text), load_vae(folder, dtype, device)
+    vae.decoder.checkpointing = args.checkpointing
     reward = frame_reward(load_image_reward(args.reward_model, device)) if args.reward_weight else None
     net, critic_net = (trainable(load_dit(folder), args, device, dtype) for _ in range(2))
     metadata = load_checkpoint(net, args.init) if args.init else {}
@@ -265,7 +266,7 @@ def train(args, process):
     # --- optimizers
     ema = EMA(net, args.ema, args.ema_start)
     optimizer, critic_optimizer = (torch.optim.AdamW(model.parameters(), lr=lr, betas=(args.beta1, 0.999),
-                                                     weight_decay=args.weight_decay)
+                                                     weight_decay=args.weight_decay, fused=True)
                                    for model, lr in ((net, args.lr), (critic_net, args.critic_lr)))
     run = Run('distill_dmd', args, process, generator=net, critic=critic_net, ema=ema, optimizer=optimizer,
               critic_optimizer=critic_optimizer)
@@ -308,7 +309,7 @@ def train(args, process):
             critic_optimizer.step()
             critic_optimizer.zero_grad(set_to_none=True)
 
-        sums = torch.zeros(3)  # size of the direction, motion, reward
+        sums = torch.zeros(3, device=device)  # size of the direction, motion, reward
         for micro in range(args.accum):
             # RAVEN trains on the rollout that the critic has just seen; the others on a new one
             b = batches[micro] if args.history == 'raven' else draw(update + 1, micro)
@@ -317,12 +318,12 @@ def train(args, process):
                 x0 = last_window(x0, F, vae)
                 direction = compare_scores(x0.detach(), teacher, critic_net, b.context, negative, args.guidance,
                                            args.shift, b.generators)
-                score = torch.zeros(1)
+                score = torch.zeros(1, device=device)
                 if reward:
                     score, gradient = reward_gradient(reward, vae, x0.detach(), b.prompts, [args.frames - 1])
                     direction = with_reward(direction, gradient, args.reward_weight)
                 (dmd_loss(x0, direction, weights) / args.accum).backward()
-            sums += torch.tensor([direction.abs().mean(), latent_motion(x0.detach()), score.mean()]) / args.accum
+            sums += torch.stack([direction.abs().mean(), latent_motion(x0.detach()), score.mean()]) / args.accum
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip)
         metrics = run.check(critic_loss=critic_loss, dmd=sums[0], grad_norm=norm, critic_norm=critic_norm,
                             motion=sums[1], **({'reward': sums[2]} if reward else {}))

@@ -213,7 +213,7 @@ def train(args, process):
     # --- optimizer
     ema = EMA(net, args.ema, args.ema_start)
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(args.beta1, 0.999),
-                                  weight_decay=args.weight_decay)
+                                  weight_decay=args.weight_decay, fused=True)
     run = Run('ode_init', args, process, generator=net, ema=ema, optimizer=optimizer)
 
     # --- loop

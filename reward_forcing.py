@@ -91,6 +91,7 @@ def train(args, process):
     folder = find_folder(args.model)
     text, vae = load_text_encoder(folder, dtype, device, args.offload_text), load_vae(folder, dtype, device)
     reward = load_reward(args, device)
+    vae.decoder.checkpointing = args.checkpointing
     net = trainable(load_dit(folder), args, device, dtype)
     metadata = load_checkpoint(net, args.init)
     require(metadata, args.init, kind='causal')
@@ -105,7 +106,7 @@ def train(args, process):
     # --- optimizer
     ema = EMA(net, args.ema, args.ema_start)
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(args.beta1, 0.999),
-                                  weight_decay=args.weight_decay)
+                                  weight_decay=args.weight_decay, fused=True)
     run = Run('reward_forcing', args, process, generator=net, ema=ema, optimizer=optimizer)
 
     # --- loop

@@ -187,7 +187,8 @@ def chunk_sizes(frames, chunk=3, first=None):
 def draw_per_chunk(count, chunks, generators, device):
     """A random index below `count` for each chunk of each sample, repeated over the chunk's frames: (B, F)."""
     index = torch.stack([torch.randint(count, (len(chunks),), generator=g, device=g.device) for g in generators])
-    return index.repeat_interleave(torch.tensor(chunks, device=index.device), dim=1).to(device)
+    sizes = torch.tensor(chunks, device=index.device)
+    return index.repeat_interleave(sizes, dim=1, output_size=sum(chunks)).to(device)
 
 
 def chunk_weights(chunks, shift):
@@ -600,7 +601,7 @@ class WanModel(nn.Module):
                 extend = functools.partial(append, *cache.past(i, start, F_))
             args = (x, e6, texts[i], rope, visible, self.backend, extend)
             recompute = self.checkpointing and torch.is_grad_enabled()
-            x = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
+            x = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False) if recompute else block(*args)
         x = self.head(x, e.float()).float()
         x = x.view(B, F_, p, q, *self.config.patch_size[1:], self.config.out_dim)
         return x.permute(0, 6, 1, 2, 4, 3, 5).reshape(B, self.config.out_dim, F_, H, W)
@@ -779,7 +780,11 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents (B, z_dim, F, H/8, W/8) -> video (B, 3, T, H, W), not clamped."""
+    """Latents (B, z_dim, F, H/8, W/8) -> video (B, 3, T, H, W), not clamped.
+
+    `checkpointing`: recompute each layer in the backward pass instead of keeping its activations.
+    """
+    checkpointing = False
 
     def __init__(self, dim, z_dim, dim_mult, num_res_blocks, time_up):
         super().__init__()
@@ -797,9 +802,19 @@ class Decoder(nn.Module):
     def forward(self, x, cache=None):
         x = self.conv1(x, cache)
         for layer in [*self.middle, *self.upsamples]:
-            x = layer(x, cache)
+            recompute = self.checkpointing and torch.is_grad_enabled()
+            x = recomputed(layer, x, cache) if recompute else layer(x, cache)
         norm, silu, conv = self.head
         return conv(silu(norm(x)), cache)
+
+
+def recomputed(layer, x, cache):
+    """layer(x, cache), whose activations are computed again in the backward pass, from the past as it is now."""
+    first, past = [cache], dict(cache or {})
+
+    def run(x):
+        return layer(x, first.pop() if first else dict(past))  # only the first pass moves the cache on
+    return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
 
 
 # Per-channel statistics of Wan 2.1's latents (Wan2.1/wan/modules/vae.py); the model sees (mu - mean) / std.
@@ -807,6 +822,12 @@ LATENT_MEAN = [-.7571, -.7089, -.9113, .1075, -.1745, .9653, -.1517, 1.5508,
                .4134, -.0715, .5517, -.3632, -.1922, -.9497, .2503, -.2921]
 LATENT_STD = [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
               3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160]
+
+
+@functools.lru_cache(maxsize=16)
+def per_channel(values, device):
+    """One number per channel -> (1, C, 1, 1, 1) float32, whatever the dtype of the weights."""
+    return torch.tensor(values, device=device).view(1, -1, 1, 1, 1)
 
 
 class WanVAE(nn.Module):
@@ -824,8 +845,15 @@ class WanVAE(nn.Module):
         self.conv1 = CausalConv3d(2 * z_dim, 2 * z_dim, 1)
         self.conv2 = CausalConv3d(z_dim, z_dim, 1)
         self.decoder = Decoder(dim, z_dim, list(dim_mult), num_res_blocks, temporal_downsample[::-1])
-        self.register_buffer('mean', torch.tensor(latent_mean).view(1, -1, 1, 1, 1), persistent=False)
-        self.register_buffer('std', torch.tensor(latent_std).view(1, -1, 1, 1, 1), persistent=False)
+        self.latent_mean, self.latent_std = tuple(latent_mean), tuple(latent_std)
+
+    @property
+    def mean(self):
+        return per_channel(self.latent_mean, self.conv2.weight.device)
+
+    @property
+    def std(self):
+        return per_channel(self.latent_std, self.conv2.weight.device)
 
     def encode(self, video):
         """Video (B, 3, 1 + 4k, H, W) in [-1, 1] -> normalised latents (B, z_dim, 1 + k, H/8, W/8), float32."""
@@ -1250,7 +1278,8 @@ def frame_reward(model):
         if len(frames) == 1:
             return model.score(frames[0], prompts)
         # one frame's activations at a time; the rest is recomputed in the backward pass
-        return torch.stack([checkpoint(model.score, f, prompts, use_reentrant=False) for f in frames]).mean(0)
+        return torch.stack([checkpoint(model.score, f, prompts, use_reentrant=False, preserve_rng_state=False)
+                            for f in frames]).mean(0)
     return reward
 
 
@@ -1283,6 +1312,7 @@ def reward_gradient(reward, vae, latents, prompts, frames, past=None):
                 memory[i] = dict(cache)  # the tensors in it are replaced by later frames, never written to
             video.append(vae.decode(latents[:, :, i:i + 1], cache))
         video = torch.cat(video, dim=2)
+        cache.clear()  # gigabytes at full size
     picked = video[:, :, shown].requires_grad_()  # (B, 3, len(frames), H, W)
     with torch.enable_grad():
         rewards = checked_reward(reward, picked, prompts)

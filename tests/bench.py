@@ -4,29 +4,43 @@
     python tests/bench.py peers --size middle                   # the same work through diffusers, as ratios
     python tests/bench.py train                                 # a step of every stage, on the tiny model
     python tests/bench.py train -- --model DIR --frames 81      # what follows -- goes to every stage
-    python tests/bench.py memory --size 1.3B                    # what every stage must hold, counted, on any machine
+    python tests/bench.py memory --size 1.3B                    # peak memory of every stage, simulated on any machine
 
 Times are medians. The limit that `generate` prints is counted: floating-point operations of the DiT in closed form, of
 the decoder by torch's counter, over what this machine's own matrix product reaches in the same run.
 """
 import argparse
+import contextlib
+import io
 import json
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from pathlib import Path
+from unittest import mock
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 import cm_grpo  # noqa: E402
+import distill_dmd  # noqa: E402
 import miniature  # noqa: E402
+import ode_init  # noqa: E402
+import reward_forcing  # noqa: E402
 from wan_causal import (  # noqa: E402
-    CONFIGS, ImageReward, KVCache, WanConfig, WanModel, WanVAE, block_causal, chunk_sizes, compile_for_inference,
-    compute_dtype, dit_diffusers_key, latent_frames, rollout, vae_diffusers_key, warped_steps)
+    CONFIGS, ImageReward, KVCache, Process, WanConfig, WanModel, WanVAE, block_causal, chunk_sizes,
+    compile_for_inference, compute_dtype, dit_diffusers_key, latent_frames, ode_trajectory, rollout,
+    vae_diffusers_key, warped_steps)
 
 SIZES = {**CONFIGS, 'middle': WanConfig(dim=512, ffn_dim=2048, num_heads=8, num_layers=8, text_dim=64, text_len=32)}
 VAE_SIZES = {'tiny': dict(dim=16, num_res_blocks=1), 'middle': dict(dim=32, num_res_blocks=1)}  # else the real one
@@ -189,19 +203,29 @@ def peers(args):
                  same))
     for name, ours, other, same in rows:
         print(f'{name:<28}{ours:.3f} s  {other:.3f} s  {other / ours:.2f}x   largest difference {same:.1e}')
+    if not args.compile:
+        with torch.profiler.profile() as profile:
+            model(x, t, context)
+        spent = {event.key: event.self_device_time_total if bench.cuda else event.self_cpu_time_total
+                 for event in profile.key_averages() if event.key.startswith('aten::')}
+        shared = sum(time for key, time in spent.items() if re.search('addmm|mm$|scaled_dot_product', key))
+        print(f'    matrix products and attention, the same in both, are {100 * shared / sum(spent.values()):.0f} % of it')
 
     noise, chunks = torch.randn(1, 16, 21, h // 8, w // 8, device=bench.device), [3] * 7
     cache = KVCache(config, 1, 21, tokens, rolling=False, dtype=bench.dtype, device=bench.device)
     clean, steps = torch.zeros_like(noise), warped_steps()
 
-    def recomputed():  # what a rollout costs without a cache: at every step all frames so far
+    def recomputed(whole):  # a rollout without a cache: at every step all frames so far, or all there will be
         for i in range(len(chunks)):
-            seen = 3 * (i + 1)
+            seen = chunks if whole else chunks[:i + 1]
             for _ in steps:
-                model(clean[:, :, :seen], torch.zeros(1, seen, device=bench.device), context,
-                      block_causal(chunks[:i + 1]))
-    cached, plain = bench.seconds(lambda: list(rollout(model, noise, context, steps, chunks, cache=cache)), recomputed)
-    print(f'{"rollout of 7 chunks":<28}{cached:.3f} s  {plain:.3f} s  {plain / cached:.2f}x   with a cache, without')
+                model(clean[:, :, :sum(seen)], torch.zeros(1, sum(seen), device=bench.device), context,
+                      block_causal(seen))
+    cached, *others = bench.seconds(lambda: list(rollout(model, noise, context, steps, chunks, cache=cache)),
+                                    lambda: recomputed(False), lambda: recomputed(True))
+    print(f'rollout of 7 chunks         {cached:.3f} s with a cache')
+    for other, what in zip(others, ('all frames so far', 'the whole sequence')):
+        print(f'    recomputing {what:<20}{other:.3f} s  {other / cached:.2f}x')
 
 
 STAGES = ('student', 'ode', 'reward', 'reward_all', 'causvid', 'teacher_forcing', 'self_forcing', 'raven',
@@ -233,6 +257,83 @@ def train(args, more):
                   f'{max(row["peak_gib"] for row in logged):6.2f} GiB', flush=True)
     print(f'a step of RAVEN takes {medians["raven"] / medians["reward"]:.2f} times as long as one of reward forcing '
           f'({bench.device})')
+
+
+class Ledger(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive, now and at most, in blocks of 512 as CUDA's allocator has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.known:
+                self.add(tensor.untyped_storage())
+        return out
+
+    def add(self, storage):
+        key, size = storage._cdata, -(-storage.nbytes() // 512) * 512
+        self.known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.drop, key, size)
+
+    def drop(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+
+class Unread(TorchFunctionMode):
+    """Fake tensors have shapes and no values: whoever reads one gets zeros."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function.__name__ == 'item':  # tolist calls it, too
+            return 0.0 if args[0].is_floating_point() else 0
+        reads = {'__float__': 0.0, '__bool__': False}
+        return reads[function.__name__] if function.__name__ in reads else function(*args, **(kwargs or {}))
+
+
+def fake(make, dtype=torch.float32):
+    """A model without values; its weights are of this dtype from the start."""
+    torch.set_default_dtype(dtype)
+    try:
+        return make().eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def fake_stage(module, argv, sizes, folder):
+    """Two steps of a stage's own train() on fake tensors: its models have random weights, and no text encoder."""
+    def dit(name, dtype=torch.float32, device=None):
+        return fake(lambda: WanModel(sizes.get(name, sizes[None])), dtype)
+
+    def image_reward(name, device):
+        model = fake(ImageReward).requires_grad_(False)
+        model.tokenize = lambda prompts: [torch.ones(len(prompts), 35, dtype=torch.long) for _ in range(2)]
+        return model
+
+    def text(*_):
+        return lambda prompts: torch.zeros(len(prompts), sizes[None].text_len, sizes[None].text_dim)
+    stand_ins = {
+        'find_folder': lambda name: name, 'load_dit': dit, 'load_image_reward': image_reward, 'load_text_encoder': text,
+        'load_vae': lambda *_: fake(WanVAE, torch.bfloat16).requires_grad_(False), 'load_checkpoint': lambda *_: {},
+        'Trajectories': Trajectory, 'warn_when_still': lambda *_: None}
+    args = module.parse_args([
+        *argv, '--model', 'Wan-AI/Wan2.1-T2V-1.3B', '--prompts', str(ROOT / 'tests/tiny/prompts.txt'), '--steps', '2',
+        '--accum', '1', '--init', 'none', '--dtype', 'bfloat16', '--sample-every', '0',
+        '--out', str(folder / '-'.join(argv))])
+    with contextlib.ExitStack() as stack:
+        for name, value in stand_ins.items():
+            if hasattr(module, name):
+                stack.enter_context(mock.patch.object(module, name, value))
+        # one call over all keys: what flex attention keeps on a GPU, and not the groups of rectangles
+        stack.enter_context(mock.patch('wan_causal.attend', lambda q, k, v, *_: scaled_dot_product_attention(q, k, v)))
+        stack.enter_context(mock.patch('wan_causal.Run.save', lambda *_, **__: None))
+        stack.enter_context(mock.patch('torch.nn.Module.to', lambda model, *_: model))
+        module.train(args, Process(0, 1, torch.device('cpu')))
 
 
 def memory(args):
@@ -271,6 +372,62 @@ def memory(args):
         value /= 2 ** 30
         card = next((f'below a card of {c} GB' for c in (24, 48, 80) if value < c * 1e9 / 2 ** 30), 'more than 80 GB')
         print(f'{name:<30}{value:6.1f}  {card}')
+
+
+class Trajectory:
+    """In place of a folder of ODE trajectories, which fake tensors cannot be read from: one without values."""
+    settings = dict(timesteps=warped_steps(), shift=5.0, frames=81, height=480, width=832, count=1)
+
+    def __init__(self, folder):
+        pass
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, i):
+        return torch.zeros(5, 16, 21, 60, 104), 'a prompt'
+
+
+@torch.no_grad()
+def fake_generation(config, bidirectional):
+    """What generate.py and ode_init.py sample do to one prompt, on fake tensors."""
+    model, vae = (fake(make, torch.bfloat16) for make in (lambda: WanModel(config), WanVAE))
+    noise, text = torch.randn(1, 16, 21, 60, 104), torch.zeros(1, config.text_len, config.text_dim)
+    if bidirectional:
+        *_, x = ode_trajectory(model, noise, text, text, [0.999, 0.8, 0.5, 0.0])
+        vae.decode(x)
+        return
+    memory = {}
+    for chunk in rollout(model, noise, text, warped_steps(), [3] * 7):
+        vae.decode(chunk.x0, memory)
+
+
+def memory(args):
+    """Peak memory of a process of each stage at 480x832, 81 frames, one video at a time. Nothing is allocated: the
+    stages' own code runs on fake tensors, which have shapes alone, and what is alive is added up."""
+    config, giant = SIZES[args.size], 'Wan-AI/Wan2.1-T2V-14B'
+    causal = ['--student', 'causal']
+    stages = {
+        'generate.py': (lambda: fake_generation(config, False),),
+        'generate.py --bidirectional': (lambda: fake_generation(config, True),),
+        'ode_init.py train': (ode_init, 'train'),
+        'reward_forcing.py': (reward_forcing,),
+        'reward_forcing.py --reward-frames all': (reward_forcing, '--reward-frames', 'all'),
+        'distill_dmd.py': (distill_dmd,),
+        'distill_dmd.py, self-forcing': (distill_dmd, *causal),
+        'distill_dmd.py, raven': (distill_dmd, *causal, '--history', 'raven'),
+        'the same, 14B teacher': (distill_dmd, *causal, '--history', 'raven', '--teacher', giant),
+        'cm_grpo.py, without CLIP': (cm_grpo, '--group', '2', '--prompts-per-step', '1', '--rewards', 'imagereward',
+                                     'motion', 'smoothness')}
+    print(f'{args.size} at 832x480, 81 frames, batch 1: peak GiB, without text encoder and work space')
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (run, *argv) in stages.items():
+            ledger = Ledger()
+            with FakeTensorMode(allow_non_fake_inputs=True), Unread(), ledger, contextlib.redirect_stdout(io.StringIO()):
+                run() if callable(run) else fake_stage(run, argv, {None: config, giant: CONFIGS['14B']}, Path(folder))
+            gib = ledger.peak / 2 ** 30
+            card = next((f'a card of {c} GB' for c in (24, 48, 80) if gib < 0.95 * c * 1e9 / 2 ** 30), 'more than 80 GB')
+            print(f'{name:<40}{gib:6.1f}  {card}', flush=True)
 
 
 def main():

@@ -69,7 +69,7 @@ CLAIMS = [  # what the papers say: (words, left figure, right figure, factor): l
 def claims(runs):
     """Of each claim what was measured: (words, left figure, its values over the seeds, right figure, its values,
     factor, spread, verdict). spread: the largest standard deviation of that measurement over the seeds of any run; a
-    smaller difference is unclear."""
+    smaller difference is unclear, and so is every one while no run has two seeds (spread None)."""
     files = [json.loads(f.read_text()) if f.exists() else {} for f in (runs / 'results.json', runs / 'drift.json')]
     results, drift = map(tiny_world.by_run, files)
 
@@ -77,12 +77,12 @@ def claims(runs):
         run, key = figure.split()
         measured = drift if key.startswith('last_') else results
         values = {name: [row[key] for row in rows] for name, rows in measured.items() if key in rows[0]}
-        return values.get(run, []), max((statistics.stdev(v) for v in values.values() if len(v) > 1), default=0)
+        return values.get(run, []), max((statistics.stdev(v) for v in values.values() if len(v) > 1), default=None)
     for words, left, right, factor in CLAIMS:
         (a, spread), (b, _) = figures(left), figures(right)
         if a and b:
             gap = statistics.mean(a) - factor * statistics.mean(b)
-            verdict = 'unclear' if abs(gap) < spread else 'yes' if gap > 0 else 'no'
+            verdict = 'unclear' if spread is None or abs(gap) < spread else 'yes' if gap > 0 else 'no'
             yield words, left, a, right, b, factor, spread, verdict
 
 
@@ -91,8 +91,9 @@ def claims_table(runs):
     lines = ['| the papers say | measured | holds |', '|---|---|---|']
     for words, left, a, right, b, factor, spread, verdict in claims(runs):
         times = '' if factor == 1 else f'{factor} × '
+        known = 'no spread' if spread is None else f'spread {spread:.2f}'
         lines.append(f'| {words} | {left} {statistics.mean(a):.2f} against {times}{right} {statistics.mean(b):.2f} '
-                     f'(spread {spread:.2f}, {len(a)} and {len(b)} seeds) | {verdict} |')
+                     f'({known}, {len(a)} and {len(b)} seeds) | {verdict} |')
     return '\n'.join(lines)
 
 
@@ -105,7 +106,7 @@ def draw_claims(path, rows, width=760, line=24):
     for i, (words, _, a, _, b, factor, spread, verdict) in enumerate(rows):
         scale = abs(factor * statistics.mean(b)) or 1
         gap = unit * (statistics.mean(a) - factor * statistics.mean(b)) / scale
-        gap, error, y = max(-unit, min(gap, 1.4 * unit)), unit * spread / scale, 20 + line * i
+        gap, error, y = max(-unit, min(gap, 1.4 * unit)), unit * (spread or 0) / scale, 20 + line * i
         parts.append(f'<text x="8" y="{y + 12}">{words}</text>'
                      f'<rect x="{zero + min(gap, 0):.1f}" y="{y}" width="{abs(gap):.1f}" height="16" '
                      f'fill="{colours[verdict]}"><title>{verdict}</title></rect>'

@@ -71,6 +71,10 @@ def test_claims(tmp_path):
     assert [verdict for *_, verdict in bars] == verdicts
     assert bars[0][:2] == ("500.0", "50.0")  # ODE's path is a third above 0.9 of the student's
     assert float(bars[4][0]) + float(bars[4][1]) == 500  # to the left of the line
+    (tmp_path / "results.json").write_text(json.dumps({k: v for k, v in rows.items() if k != "reward-1"}))
+    assert {verdict for *_, verdict in miniature.claims(tmp_path)} == {"unclear"}  # no run has two seeds
+    assert "(no spread, 1 and 1 seeds)" in miniature.claims_table(tmp_path)
+    miniature.draw_claims(tmp_path / "claims.svg", list(miniature.claims(tmp_path)))
 
 
 def test_the_readme_has_the_claims_as_measured():

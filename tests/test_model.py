@@ -471,6 +471,42 @@ def test_decode_last_is_the_end_of_decode_and_keeps_one_frame_of_graph(vae):
     assert vae.decode_last(z[:, :, :1]).shape == (1, 3, 1, 16, 24)
 
 
+@pytest.mark.parametrize("frames", [[1] * 4, [4]])
+def test_recomputed_decoder_layers_change_nothing(vae, frames, monkeypatch):
+    """Values and gradients, also through the cache from call to call, and in a second backward pass."""
+    def decode(z):
+        cache = {}
+        return torch.cat([vae.decode(part, cache) for part in z.split(frames, dim=2)], dim=2)
+    z = random_latents(1, 16, 4, 2, 3).requires_grad_()
+    plain = decode(z)
+    weight = random_latents(*plain.shape, seed=1)
+    expected, = torch.autograd.grad((plain * weight).sum(), z)
+    monkeypatch.setattr(vae.decoder, "checkpointing", True)
+    again = decode(z)
+    assert torch.equal(again, plain)
+    for _ in range(2):
+        gradient, = torch.autograd.grad((again * weight).sum(), z, retain_graph=True)
+        torch.testing.assert_close(gradient, expected)
+
+
+def test_recomputing_keeps_less(vae, monkeypatch):
+    def kept():
+        sizes = []
+        z = random_latents(1, 16, 1, 2, 3).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            vae.decode(z)
+        return sum(sizes)
+    plain = kept()
+    monkeypatch.setattr(vae.decoder, "checkpointing", True)
+    assert kept() < plain / 3
+
+
+def test_vae_statistics_are_exact_in_bfloat16():
+    vae = wc.WanVAE(4, num_res_blocks=1).to(torch.bfloat16)
+    assert vae.mean.flatten().tolist() == torch.tensor(wc.LATENT_MEAN).tolist()
+    assert vae.std.flatten().tolist() == torch.tensor(wc.LATENT_STD).tolist()
+
+
 @pytest.mark.parametrize("shape", [(1, 3, 4, 16, 16), (1, 3, 5, 12, 16), (1, 4, 5, 16, 16)])
 def test_encode_refuses_wrong_shapes(vae, shape):
     with pytest.raises(ValueError, match=r"1 \+ 4k"):
