@@ -233,10 +233,11 @@ def save_adapter(folder, average, args, **metadata):
 
 
 def folded(net, average, scale):
-    """Plain DiT weights: the base with the averaged LoRA folded in, or the averaged weights themselves."""
+    """Plain DiT weights, on the CPU: the base with the averaged LoRA folded in, or the averaged weights themselves."""
+    average = {name: value.cpu() for name, value in average.items()}
     if not any('.lora_' in name for name in average):
         return average
-    base = {k.replace('.base_layer', ''): v for k, v in net.state_dict().items() if '.lora_' not in k}
+    base = {k.replace('.base_layer', ''): v.cpu() for k, v in net.state_dict().items() if '.lora_' not in k}
     return fold_lora({**base, **average}, base, scale)
 
 
@@ -417,10 +418,12 @@ def train(args, process):
                 for _ in run.samples(net, vae, text, held_out, shape, steps, chunks):
                     pass
         if run.due(args.save_every):
-            scale = args.lora_alpha / args.lora_rank if args.lora_rank else 1.0
-            if args.lora_rank and process.rank == 0:
-                save_adapter(run.folder / 'lora', ema.average, args, timesteps=format_steps(steps, 10), chunk=chunk)
-            run.save(folded(net, ema.average, scale), steps, kind='causal', chunk=chunk, config=net.config)
+            result = None  # rank 0 writes
+            if process.rank == 0:
+                result = folded(net, ema.average, args.lora_alpha / max(1, args.lora_rank))
+                if args.lora_rank:
+                    save_adapter(run.folder / 'lora', ema.average, args, timesteps=format_steps(steps, 10), chunk=chunk)
+            run.save(result, steps, kind='causal', chunk=chunk, config=net.config)
 
 
 if __name__ == '__main__':

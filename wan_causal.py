@@ -1300,16 +1300,16 @@ def reward_gradient(reward, vae, latents, prompts, frames, past=None):
     the start, which is exact; but the decoder hardly remembers what lies far back).
     The video is decoded once without a graph, up to the last frame that is needed. The reward's gradient in the pixels
     is then taken back through the decoder for one latent frame at a time, from the decoder's memory of the earlier
-    ones, which is a constant: memory does not grow with the number of frames.
+    ones, which is a constant: the graph is that of one latent frame, however many are rewarded.
     """
     where = [latent_frame(frame) for frame in frames]
     begin = 0 if past is None else max(0, where[0] - past)
     shown = [frame - 4 * begin for frame in frames]  # a decoder's first latent frame gives one video frame
-    cache, memory, video = {}, {}, []
+    cache, video = {}, []
     with torch.no_grad():
         for i in range(begin, where[-1] + 1):
-            if i in where:
-                memory[i] = dict(cache)  # the tensors in it are replaced by later frames, never written to
+            if i == where[0]:
+                memory = dict(cache)  # the tensors in it are replaced by later frames, never written to
             video.append(vae.decode(latents[:, :, i:i + 1], cache))
         video = torch.cat(video, dim=2)
         cache.clear()  # gigabytes at full size
@@ -1318,12 +1318,15 @@ def reward_gradient(reward, vae, latents, prompts, frames, past=None):
         rewards = checked_reward(reward, picked, prompts)
         pixels = torch.zeros_like(video)
         pixels[:, :, shown], = torch.autograd.grad(rewards.sum(), picked)
-        gradient = torch.zeros_like(latents)
-        for i, remembered in memory.items():
-            z = latents[:, :, i:i + 1].detach().requires_grad_()
-            out = vae.decode(z, remembered)
+    gradient = torch.zeros_like(latents)
+    for i in range(where[0], where[-1] + 1):
+        z = latents[:, :, i:i + 1].detach().requires_grad_()
+        with torch.set_grad_enabled(i in where):
+            out = vae.decode(z, memory)
+        if i in where:
             start = max(0, 4 * (i - begin) - 3)
             gradient[:, :, i:i + 1], = torch.autograd.grad(out, z, pixels[:, :, start:start + out.shape[2]])
+        memory = {module: x.detach() if torch.is_tensor(x) else x for module, x in memory.items()}
     return rewards.detach(), gradient
 
 
@@ -1666,8 +1669,12 @@ def save_checkpoint(path, state, **metadata):
 
 def check_writable(folder):
     """Make a folder if need be; one that cannot be written to is an InputError."""
-    replace_file(folder / '.probe', Path.touch)
-    (folder / '.probe').unlink(missing_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / '.probe').touch()
+        (folder / '.probe').unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f'cannot write to {folder}: {error.strerror or error}') from error
 
 
 def replace_file(path, write):
@@ -2037,11 +2044,8 @@ class Run:
                 raise InputError(f'{self.folder} already holds a run: go on with --resume, or give another --out')
             self.load()
         elif process.rank == 0:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self.log.write_text('')
-            except OSError as error:
-                raise InputError(f'cannot write to {self.folder}: {error.strerror}') from error
+            check_writable(self.folder)
+            self.log.write_text('')
         self.bar = tqdm(total=args.steps, initial=self.step, desc=stage, disable=process.rank > 0, mininterval=1)
         process.print(f'{stage}: {args.steps} steps of {self.settings["samples per step"]} samples '
                       f'({args.batch} x {args.accum} accumulated x {process.world} processes), to {self.folder}'

@@ -209,7 +209,8 @@ def peers(args):
         spent = {event.key: event.self_device_time_total if bench.cuda else event.self_cpu_time_total
                  for event in profile.key_averages() if event.key.startswith('aten::')}
         shared = sum(time for key, time in spent.items() if re.search('addmm|mm$|scaled_dot_product', key))
-        print(f'    matrix products and attention, the same in both, are {100 * shared / sum(spent.values()):.0f} % of it')
+        share = 100 * shared / sum(spent.values())
+        print(f'    matrix products and attention, the same in both, are {share:.0f} % of it')
 
     noise, chunks = torch.randn(1, 16, 21, h // 8, w // 8, device=bench.device), [3] * 7
     cache = KVCache(config, 1, 21, tokens, rolling=False, dtype=bench.dtype, device=bench.device)
@@ -306,7 +307,8 @@ def fake(make, dtype=torch.float32):
 
 
 def fake_stage(module, argv, sizes, folder):
-    """Two steps of a stage's own train() on fake tensors: its models have random weights, and no text encoder."""
+    """Two steps of a stage's own train() on fake tensors: its models have random weights, and no text encoder. Two
+    timesteps instead of four take as much memory."""
     def dit(name, dtype=torch.float32, device=None):
         return fake(lambda: WanModel(sizes.get(name, sizes[None])), dtype)
 
@@ -319,64 +321,25 @@ def fake_stage(module, argv, sizes, folder):
         return lambda prompts: torch.zeros(len(prompts), sizes[None].text_len, sizes[None].text_dim)
     stand_ins = {
         'find_folder': lambda name: name, 'load_dit': dit, 'load_image_reward': image_reward, 'load_text_encoder': text,
-        'load_vae': lambda *_: fake(WanVAE, torch.bfloat16).requires_grad_(False), 'load_checkpoint': lambda *_: {},
-        'Trajectories': Trajectory, 'warn_when_still': lambda *_: None}
+        'load_vae': lambda *_: fake(WanVAE, torch.bfloat16).requires_grad_(False), 'Trajectories': Trajectory,
+        'load_checkpoint': lambda *_: {'timesteps': '1000, 625'}}
     args = module.parse_args([
         *argv, '--model', 'Wan-AI/Wan2.1-T2V-1.3B', '--prompts', str(ROOT / 'tests/tiny/prompts.txt'), '--steps', '2',
-        '--accum', '1', '--init', 'none', '--dtype', 'bfloat16', '--sample-every', '0',
-        '--out', str(folder / '-'.join(argv))])
+        '--accum', '1', '--init', 'none', '--dtype', 'bfloat16', '--out', str(folder / '-'.join(argv))])
     with contextlib.ExitStack() as stack:
         for name, value in stand_ins.items():
             if hasattr(module, name):
                 stack.enter_context(mock.patch.object(module, name, value))
         # one call over all keys: what flex attention keeps on a GPU, and not the groups of rectangles
         stack.enter_context(mock.patch('wan_causal.attend', lambda q, k, v, *_: scaled_dot_product_attention(q, k, v)))
-        stack.enter_context(mock.patch('wan_causal.Run.save', lambda *_, **__: None))
+        stack.enter_context(mock.patch('wan_causal.Run.due', lambda *_: False))  # neither samples nor saves
         stack.enter_context(mock.patch('torch.nn.Module.to', lambda model, *_: model))
         module.train(args, Process(0, 1, torch.device('cpu')))
 
 
-def memory(args):
-    """What each stage must hold on a GPU per process, in GiB: counted from the sizes, nothing is allocated. A trained
-    weight takes 20 bytes (float32 value, gradient, two moments, average), a frozen one 2 (bfloat16)."""
-    from transformers import UMT5Config, UMT5EncoderModel
-    h, w, frames = picture(args)
-    tokens, config = latent_frames(frames) * h * w // 256, SIZES[args.size]
-
-    def weights(model):
-        return sum(p.numel() for p in model.parameters())
-    with torch.device('meta'):
-        dit, big = weights(WanModel(config)), weights(WanModel(CONFIGS['14B']))
-        vae, judge = weights(WanVAE(**VAE_SIZES.get(args.size, {}))), weights(ImageReward())
-        text = weights(UMT5EncoderModel(UMT5Config(vocab_size=256384, d_model=4096, d_ff=10240, d_kv=64, num_heads=64,
-                                                   num_layers=24, feed_forward_proj='gated-gelu')))
-        lora = WanModel(config)
-        cm_grpo.add_lora(lora, 256, 256, 0)
-    lora, clip = sum(p.numel() for p in lora.parameters() if p.requires_grad), 428e6  # ViT-L/14
-    cache = args.batch * 4 * config.num_layers * config.dim * tokens  # keys and values, 2 bytes each
-    inputs = cache / 2  # what checkpointing keeps of a forward with gradient: the input of each block
-    fixed = 2 * vae
-    kept = 32 * 4 * (3 * 16 * 4 * tokens + 512 * 4096)  # CM-GRPO, 32 rollouts per GPU: three latents and the text
-    stages = {  # bytes
-        'generate.py': 2 * dit + fixed + cache,
-        'ode_init.py sample': 2 * dit,
-        'ode_init.py train': 20 * dit + fixed + inputs,
-        'reward_forcing.py': 20 * dit + fixed + 4 * judge + cache + inputs / latent_frames(frames) * args.chunk,
-        'distill_dmd.py, self-forcing': (20 + 16 + 2) * dit + fixed + cache + inputs,
-        'distill_dmd.py, raven': (20 + 16 + 2) * dit + fixed + cache + 2 * inputs,  # clean and noisy frames
-        'the same, 14B teacher': (20 + 16) * dit + 2 * big + fixed + cache + 2 * inputs,
-        'cm_grpo.py, LoRA 256': 4 * (dit + judge + clip) + 20 * lora + fixed + cache + 2 * inputs + kept}
-    print(f'{args.size} at {w}x{h}, {frames} frames, batch {args.batch}: GiB, without what a layer needs while it '
-          f'computes\nthe text encoder, unless --offload-text keeps it off the GPU: {2 * text / 2 ** 30:.1f}')
-    for name, value in stages.items():
-        value /= 2 ** 30
-        card = next((f'below a card of {c} GB' for c in (24, 48, 80) if value < c * 1e9 / 2 ** 30), 'more than 80 GB')
-        print(f'{name:<30}{value:6.1f}  {card}')
-
-
 class Trajectory:
     """In place of a folder of ODE trajectories, which fake tensors cannot be read from: one without values."""
-    settings = dict(timesteps=warped_steps(), shift=5.0, frames=81, height=480, width=832, count=1)
+    settings = dict(timesteps=[1000.0, 625.0], shift=5.0, frames=81, height=480, width=832, count=1)
 
     def __init__(self, folder):
         pass
@@ -385,7 +348,7 @@ class Trajectory:
         return 1
 
     def __getitem__(self, i):
-        return torch.zeros(5, 16, 21, 60, 104), 'a prompt'
+        return torch.zeros(3, 16, 21, 60, 104), 'a prompt'
 
 
 @torch.no_grad()
@@ -406,28 +369,28 @@ def memory(args):
     """Peak memory of a process of each stage at 480x832, 81 frames, one video at a time. Nothing is allocated: the
     stages' own code runs on fake tensors, which have shapes alone, and what is alive is added up."""
     config, giant = SIZES[args.size], 'Wan-AI/Wan2.1-T2V-14B'
-    causal = ['--student', 'causal']
+    causal = ['--ratio', '1', '--student', 'causal']
     stages = {
         'generate.py': (lambda: fake_generation(config, False),),
         'generate.py --bidirectional': (lambda: fake_generation(config, True),),
         'ode_init.py train': (ode_init, 'train'),
         'reward_forcing.py': (reward_forcing,),
-        'reward_forcing.py --reward-frames all': (reward_forcing, '--reward-frames', 'all'),
-        'distill_dmd.py': (distill_dmd,),
+        'distill_dmd.py': (distill_dmd, '--ratio', '1'),
         'distill_dmd.py, self-forcing': (distill_dmd, *causal),
         'distill_dmd.py, raven': (distill_dmd, *causal, '--history', 'raven'),
         'the same, 14B teacher': (distill_dmd, *causal, '--history', 'raven', '--teacher', giant),
         'cm_grpo.py, without CLIP': (cm_grpo, '--group', '2', '--prompts-per-step', '1', '--rewards', 'imagereward',
                                      'motion', 'smoothness')}
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
     print(f'{args.size} at 832x480, 81 frames, batch 1: peak GiB, without text encoder and work space')
     with tempfile.TemporaryDirectory() as folder:
         for name, (run, *argv) in stages.items():
             ledger = Ledger()
-            with FakeTensorMode(allow_non_fake_inputs=True), Unread(), ledger, contextlib.redirect_stdout(io.StringIO()):
+            with mode, Unread(), ledger, contextlib.redirect_stdout(io.StringIO()):
                 run() if callable(run) else fake_stage(run, argv, {None: config, giant: CONFIGS['14B']}, Path(folder))
             gib = ledger.peak / 2 ** 30
-            card = next((f'a card of {c} GB' for c in (24, 48, 80) if gib < 0.95 * c * 1e9 / 2 ** 30), 'more than 80 GB')
-            print(f'{name:<40}{gib:6.1f}  {card}', flush=True)
+            card = next((f'{c} GB' for c in (24, 48, 80) if gib < 0.95 * c * 1e9 / 2 ** 30), 'more than 80 GB')
+            print(f'{name:<40}{gib:6.1f}  on a card of {card}', flush=True)
 
 
 def main():

@@ -2,12 +2,21 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import bench  # noqa: E402
-from wan_causal import CONFIGS, WanModel  # noqa: E402
+import wan_causal  # noqa: E402
+from wan_causal import CONFIGS, WanModel, WanVAE, reward_gradient  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def no_fake_table_is_kept():
+    yield
+    for table in (wan_causal.rope_table, wan_causal.per_channel):
+        table.cache_clear()
 
 
 def test_the_ledger_adds_up_what_is_alive():
@@ -53,3 +62,16 @@ def test_fake_tensors_take_the_memory_of_real_ones():
     weights = sum(p.numel() for p in WanModel(CONFIGS["tiny"]).parameters())
     assert real > 16 * weights  # float32 weights, gradients, two moments
     assert abs(fake - real) < 0.02 * real
+
+
+def test_rewarding_all_frames_needs_no_more_memory_than_their_pixels():
+    vae = WanVAE(4, num_res_blocks=1).eval().requires_grad_(False)
+    vae.decoder.checkpointing = True
+
+    def peak(frames):
+        with FakeTensorMode(allow_non_fake_inputs=True), bench.Ledger() as ledger:
+            reward_gradient(lambda video, prompts: video.mean((1, 2, 3, 4)), vae, torch.zeros(2, 16, 7, 4, 4),
+                            ["a prompt"] * 2, frames)
+        return ledger.peak
+    pixels = 2 * 25 * 3 * 32 * 32 * 4  # bytes of the video
+    assert peak(list(range(25))) - peak([24]) < 3 * pixels

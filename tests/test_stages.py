@@ -629,7 +629,7 @@ BAD = [
     (["ode_init.py", "train", "--data", "{empty}"], "holds no trajectories: make them with ode_init.py sample"),
     (["ode_init.py", "train", "--data", "{damaged}"], "is not a shard of trajectories, or is damaged"),
     (["ode_init.py", "sample", "--out", "{data}", "--seed", 5], "holds trajectories with"),
-    (["ode_init.py", "sample", "--out", "README.md"], "cannot write README.md/"),
+    (["ode_init.py", "sample", "--out", "README.md"], "cannot write to README.md"),
     (["ode_init.py", "train", "--data", "{data}", "--init", "{other}"], "samples at 1000, 900, but"),
     (["distill_dmd.py", "--out", "/dev/null/x"], "cannot write to /dev/null/x"),
     (["distill_dmd.py", "--history", "raven"], "--history raven needs --student causal"),
