@@ -30,8 +30,11 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+import torch.utils.checkpoint
 from tqdm import tqdm
+
+# Recompute in the backward pass instead of keeping activations; nothing in them is random.
+checkpoint = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 class InputError(ValueError):
@@ -601,7 +604,7 @@ class WanModel(nn.Module):
                 extend = functools.partial(append, *cache.past(i, start, F_))
             args = (x, e6, texts[i], rope, visible, self.backend, extend)
             recompute = self.checkpointing and torch.is_grad_enabled()
-            x = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False) if recompute else block(*args)
+            x = checkpoint(block, *args) if recompute else block(*args)
         x = self.head(x, e.float()).float()
         x = x.view(B, F_, p, q, *self.config.patch_size[1:], self.config.out_dim)
         return x.permute(0, 6, 1, 2, 4, 3, 5).reshape(B, self.config.out_dim, F_, H, W)
@@ -814,7 +817,7 @@ def recomputed(layer, x, cache):
 
     def run(x):
         return layer(x, first.pop() if first else dict(past))  # only the first pass moves the cache on
-    return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(run, x)
 
 
 # Per-channel statistics of Wan 2.1's latents (Wan2.1/wan/modules/vae.py); the model sees (mu - mean) / std.
@@ -1278,8 +1281,7 @@ def frame_reward(model):
         if len(frames) == 1:
             return model.score(frames[0], prompts)
         # one frame's activations at a time; the rest is recomputed in the backward pass
-        return torch.stack([checkpoint(model.score, f, prompts, use_reentrant=False, preserve_rng_state=False)
-                            for f in frames]).mean(0)
+        return torch.stack([checkpoint(model.score, f, prompts) for f in frames]).mean(0)
     return reward
 
 
