@@ -637,7 +637,8 @@ def append(past_k, past_v, k, v):
 #
 # Every module that looks back in time takes an optional `cache`: a plain dict, module -> the last frames it
 # saw. Without one a call starts a clip; with one it goes on where the last call stopped. Both run the same
-# lines, so a streamed clip equals the whole one however it is cut.
+# lines, so a streamed clip equals the whole one however it is cut. In memory the channels come last
+# throughout, as the fast convolution kernels want them.
 
 class CausalConv3d(nn.Conv3d):
     """3-D convolution that sees the present and the past: (B, C, T, H, W) -> (B, C', T, H, W)."""
@@ -650,11 +651,10 @@ class CausalConv3d(nn.Conv3d):
         past = self.kernel_size[0] - 1
         if past:
             before = None if cache is None else cache.get(self)
-            if before is None:
-                before = x.new_zeros(*x.shape[:2], past, *x.shape[3:])
-            x = torch.cat([before, x], dim=2)
+            x = F.pad(x, (0, 0, 0, 0, past, 0)) if before is None else torch.cat([before, x], dim=2)
             if cache is not None:
                 cache[self] = x[:, :, -past:].clone()  # a copy: a view would keep all of x alive
+        x = x.contiguous(memory_format=torch.channels_last_3d)
         single = x.shape[0] == 1 and x.device.type == 'cpu' and x.dtype == torch.float32
         if single and torch.backends.mkldnn.is_available():  # else torch takes a kernel that is ten times as slow
             return torch.mkldnn_convolution(x, self.weight, self.bias, self.padding, self.stride, self.dilation, 1)
@@ -662,30 +662,30 @@ class CausalConv3d(nn.Conv3d):
 
 
 class ChannelNorm(nn.Module):
-    """RMS norm over channels, with gain `gamma` (C, 1, 1[, 1])."""
+    """RMS norm over channels, with gain `gamma` (C, 1, 1[, 1]); then SiLU, if asked for."""
 
-    def __init__(self, dim, spatial_dims=3):
+    def __init__(self, dim, spatial_dims=3, silu=False):
         super().__init__()
-        self.gamma = nn.Parameter(torch.ones(dim, *[1] * spatial_dims))
+        self.gamma, self.silu = nn.Parameter(torch.ones(dim, *[1] * spatial_dims)), silu
 
     def forward(self, x):
-        return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-24) * self.gamma
+        x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-24) * self.gamma
+        return F.silu(x) if self.silu else x
 
 
 class ResidualBlock(nn.Module):
-    """norm, SiLU, conv, norm, SiLU, conv, plus the input. The empty slots keep Wan's key numbers."""
+    """norm, SiLU, conv, norm, SiLU, conv, plus the input. The empty places keep Wan's key numbers."""
 
     def __init__(self, c_in, c_out):
         super().__init__()
-        self.residual = nn.Sequential(ChannelNorm(c_in), nn.SiLU(), CausalConv3d(c_in, c_out, 3),
-                                      ChannelNorm(c_out), nn.SiLU(), nn.Identity(),
+        self.residual = nn.Sequential(ChannelNorm(c_in, silu=True), nn.Identity(), CausalConv3d(c_in, c_out, 3),
+                                      ChannelNorm(c_out, silu=True), nn.Identity(), nn.Identity(),
                                       CausalConv3d(c_out, c_out, 3))
         self.shortcut = CausalConv3d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x, cache=None):
-        norm1, silu, conv1, norm2, _, _, conv2 = self.residual
-        h = conv1(silu(norm1(x)), cache)
-        return self.shortcut(x) + conv2(silu(norm2(h)), cache)
+        norm1, _, conv1, norm2, _, _, conv2 = self.residual
+        return conv2(norm2(conv1(norm1(x), cache)), cache) + self.shortcut(x)
 
 
 class FrameAttention(nn.Module):
@@ -722,16 +722,17 @@ class Resample(nn.Module):
 
     def double_time(self, x, cache):
         """The clip's first frame passes as it is and is no past to those after it (Wan's 'Rep')."""
-        first = x[:, :, :0]
+        first = None
         if cache is None or self not in cache:
             first, x = x[:, :, :1], x[:, :, 1:]
             if cache is not None:
                 cache[self] = True
-        if x.shape[2] == 0:
-            return first
+            if x.shape[2] == 0:
+                return first
         B, C, T, H, W = x.shape
-        x = self.time_conv(x, cache).view(B, 2, C, T, H, W).permute(0, 2, 3, 1, 4, 5)  # (B, C, T, 2, H, W)
-        return torch.cat([first, x.reshape(B, C, 2 * T, H, W)], dim=2)
+        x = self.time_conv(x, cache).view(B, 2, C, T, H, W).permute(0, 3, 1, 4, 5, 2)  # (B, T, 2, H, W, C)
+        x = x.reshape(B, 2 * T, H, W, C).movedim(-1, 1)
+        return x if first is None else torch.cat([first, x], dim=2)
 
     def halve_time(self, x, cache):
         """The clip's first frame passes as it is; each later pair is merged with the frame before it."""
@@ -755,7 +756,7 @@ class Resample(nn.Module):
 
 def middle_and_head(dim, head_in, head_out):
     middle = nn.ModuleList([ResidualBlock(dim, dim), FrameAttention(dim), ResidualBlock(dim, dim)])
-    head = nn.ModuleList([ChannelNorm(head_in), nn.SiLU(), CausalConv3d(head_in, head_out, 3)])
+    head = nn.ModuleList([ChannelNorm(head_in, silu=True), nn.Identity(), CausalConv3d(head_in, head_out, 3)])
     return middle, head
 
 
@@ -778,8 +779,8 @@ class Encoder(nn.Module):
         x = self.conv1(x, cache)
         for layer in [*self.downsamples, *self.middle]:
             x = layer(x, cache)
-        norm, silu, conv = self.head
-        return conv(silu(norm(x)), cache)
+        norm, _, conv = self.head
+        return conv(norm(x), cache)
 
 
 class Decoder(nn.Module):
@@ -807,8 +808,8 @@ class Decoder(nn.Module):
         for layer in [*self.middle, *self.upsamples]:
             recompute = self.checkpointing and torch.is_grad_enabled()
             x = recomputed(layer, x, cache) if recompute else layer(x, cache)
-        norm, silu, conv = self.head
-        return conv(silu(norm(x)), cache)
+        norm, _, conv = self.head
+        return conv(norm(x), cache)
 
 
 def recomputed(layer, x, cache):

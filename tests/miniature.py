@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import torch
@@ -24,24 +25,25 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 import tiny_world  # noqa: E402
 
-# run: (script and flags, the runs whose weights it starts from, seeds). {data} is the folder of the trajectories.
-# What all runs share is said once, in tests/tiny/defaults.json.
+# run: (script and flags, the runs whose weights it starts from, seeds without --seeds: two of the papers' methods and
+# of Self Forcing, for a spread). {data} is the folder of the trajectories. What all share is in tests/tiny/defaults.json.
 STAGES = {
     'student': ('distill_dmd.py', None, 1),
     'ode': ('ode_init.py train --data {data}', 'student', 1),
-    'reward': ('reward_forcing.py', 'ode', 3),
-    'reward_random': ('reward_forcing.py --reward-frames random', 'ode', 2),
-    'reward_all': ('reward_forcing.py --reward-frames all --batch 1', 'ode', 1),  # 57 decoded frames each cost enough
+    'reward': ('reward_forcing.py', 'ode', 2),
+    'reward_random': ('reward_forcing.py --reward-frames random', 'ode', 1),
+    'reward_all': ('reward_forcing.py --reward-frames all --batch 2', 'ode', 1),  # 57 decoded frames each cost enough
     'raven': ('distill_dmd.py --student causal --history raven', 'ode', 2),
     'self_forcing': ('distill_dmd.py --student causal --history self-forcing', 'ode', 2),
-    'causvid': ('distill_dmd.py --student causal --history diffusion-forcing --data {data}', 'ode', 2),
-    'teacher_forcing': ('distill_dmd.py --student causal --history teacher-forcing --data {data}', 'ode', 2),
-    'raven_uniform': ('distill_dmd.py --student causal --history raven --chunk-weight-shift 0', 'ode', 2),
-    'distill_reward': ('distill_dmd.py --student causal --history self-forcing --reward-weight 1', 'ode', 2),
-    'raven_cm': ('cm_grpo.py', 'raven', 3),
-    'reward_cm': ('cm_grpo.py', 'reward', 3),
-    'reward_em': ('cm_grpo.py --policy em', 'reward', 3),
+    'causvid': ('distill_dmd.py --student causal --history diffusion-forcing --data {data}', 'ode', 1),
+    'teacher_forcing': ('distill_dmd.py --student causal --history teacher-forcing --data {data}', 'ode', 1),
+    'raven_uniform': ('distill_dmd.py --student causal --history raven --chunk-weight-shift 0', 'ode', 1),
+    'distill_reward': ('distill_dmd.py --student causal --history self-forcing --reward-weight 1', 'ode', 1),
+    'raven_cm': ('cm_grpo.py', 'raven', 2),
+    'reward_cm': ('cm_grpo.py', 'reward', 2),
+    'reward_em': ('cm_grpo.py --policy em', 'reward', 2),
 }
+ONCE = ('student', 'ode')  # whatever --seeds says: all others start from them
 FRAME_WISE = ('raven', 'reward')  # are also measured with chunks of one latent frame, as CM-GRPO trains them here
 LONG = ('ode', 'reward', 'raven', 'self_forcing', 'causvid', 'teacher_forcing', 'raven_uniform', 'distill_reward')
 # LONG are also measured over rollouts three times as long as in training.
@@ -127,15 +129,16 @@ def plan(runs, names, fast, seeds):
     measured = ['--results', str(runs), '--count', '2' if fast else '100']
     measured_long = ['--results', str(runs), *count]
     jobs = {'trajectories': (['ode_init.py', 'sample', '--out', str(data), *count], [])}
+    number = {name: 1 if fast or name in ONCE else seeds or STAGES[name][2] for name in STAGES}
     for name in (name for name in STAGES if name in wanted):
-        line, start, number = STAGES[name]
-        for seed in range(min(number, seeds)):
+        line, start, _ = STAGES[name]
+        for seed in range(number[name]):
             out, needs = runs / f'{name}-{seed}', []
             command = [*line.format(data=data).split(), '--out', str(out), '--seed', str(seed), '--resume', *short]
             if fast and line.startswith('cm_grpo.py'):
                 command += ['--group', '2', '--prompts-per-step', '1']
             if start:
-                before = f'{start}-{seed if seed < STAGES[start][2] else 0}'
+                before = f'{start}-{seed % number[start]}'
                 command += ['--init', str(runs / before / 'model.safetensors')]
                 needs.append(before)
             jobs[out.name] = (command, needs + (['trajectories'] if '{data}' in line else []))
@@ -177,6 +180,7 @@ def execute(jobs, runs, at_once):
             command, log = jobs[name][0], runs / f'logs/{name}.log'
             if command[0] != 'tests/tiny_world.py':
                 command = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=1', *command]
+            began = time.monotonic()
             with open(log, 'w') as file:
                 code = subprocess.run([sys.executable, *command], cwd=HERE.parent, env=environment, stdout=file,
                                       stderr=subprocess.STDOUT).returncode
@@ -184,7 +188,7 @@ def execute(jobs, runs, at_once):
                 if code:
                     failed.append(f'{name} failed, exit code {code}; its messages are in {log}')
                 else:
-                    log.with_suffix('.done').touch()
+                    log.with_suffix('.done').write_text(f'{time.monotonic() - began:.0f} seconds\n')
                     done.add(name)
                     bar.update()
                 lock.notify_all()
@@ -236,14 +240,17 @@ def main():
     p = argparse.ArgumentParser(description='All stages of both papers in the tiny world, one after the other.')
     p.add_argument('names', nargs='*', metavar='RUN', help=f'only these of {", ".join(STAGES)}, and what they need')
     p.add_argument('--runs', type=Path, help='the folder of all runs (default: runs/miniature, or runs/miniature_fast)')
-    p.add_argument('--seeds', type=int, default=2, help='at most this many seeds of each')
+    p.add_argument('--seeds', type=int, help='seeds of each but student and ode (default: one, or two where it counts)')
     p.add_argument('--jobs', type=int, default=2, help='stages side by side, each on one thread')
     p.add_argument('--fast', action='store_true', help='a few steps of each stage')
     args = p.parse_args()
     if unknown := [name for name in args.names if name not in STAGES]:
         p.error(f'no run {unknown[0]}: the runs are {", ".join(STAGES)}')
     runs = (args.runs or Path('runs/miniature_fast' if args.fast else 'runs/miniature')).resolve()
-    execute(plan(runs, args.names, args.fast, 1 if args.fast else args.seeds), runs, args.jobs)
+    jobs = plan(runs, args.names, args.fast, args.seeds)
+    execute(jobs, runs, args.jobs)
+    minutes = sum(int((runs / f'logs/{name}.done').read_text().split()[0]) for name in jobs) / 60
+    print(f'{len(jobs)} jobs of {minutes:.0f} minutes together, {minutes / args.jobs:.0f} with {args.jobs} at a time\n')
     for file, columns in (('results.json', tiny_world.RESULTS), ('drift.json', tiny_world.DRIFT)):
         if (runs / file).exists():
             print(tiny_world.results_table(json.loads((runs / file).read_text()), columns), '\n')
