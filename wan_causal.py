@@ -228,14 +228,25 @@ def compiled_flex():
 
 
 @functools.lru_cache(maxsize=64)
-def flex_mask(visible, tokens, device):
-    """Rows of booleans over frames -> flex attention's BlockMask over tokens."""
-    from torch.nn.attention.flex_attention import create_block_mask
-    table = torch.tensor(visible, device=device)
+def flex_mask(visible, tokens, device, block=128):
+    """Rows of booleans over frames -> flex attention's BlockMask over tokens, made from the frames: torch's own
+    create_block_mask looks at each pair of tokens, which takes gigabytes for a long interleaved sequence."""
+    from torch.nn.attention.flex_attention import BlockMask
+    table = torch.tensor(visible, device=device)  # (Fq, Fk)
 
     def rule(b, h, q, k):
         return table[q // tokens, k // tokens]
-    return create_block_mask(rule, None, None, table.shape[0] * tokens, table.shape[1] * tokens, device=device)
+
+    def by_block(frames, reduce):  # (F, n) -> (n, blocks): what holds for some or for all tokens of each block
+        rows = frames.repeat_interleave(tokens, dim=0)
+        return reduce(F.pad(rows, (0, 0, 0, -len(rows) % block)).unflatten(0, (-1, block)), dim=1).T
+
+    def listed(blocks):  # (blocks of q, of k) -> how many are True in each row, and their numbers, before the others
+        order = blocks.int().argsort(dim=1, descending=True, stable=True)
+        return blocks.sum(1, dtype=torch.int32)[None, None], order.int()[None, None]
+    some, every = (by_block(by_block(table, reduce), reduce) for reduce in (torch.any, torch.all))
+    return BlockMask.from_kv_blocks(*listed(some & ~every), *listed(every), BLOCK_SIZE=block, mask_mod=rule,
+                                    seq_lengths=tuple(n * tokens for n in table.shape))
 
 
 def attend(q, k, v, visible=None, backend='auto'):

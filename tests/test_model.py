@@ -367,6 +367,19 @@ def test_rectangles_equal_a_dense_mask(layout):
     close(wc.attend(q, k, v, layout.visible, "flex"), dense.detach())
 
 
+@pytest.mark.parametrize("layout", [wc.block_causal([2, 3, 1]), wc.interleaved([1, 2, 2, 2], window=4, sink=1)])
+@pytest.mark.parametrize("tokens", [4, 40, 128, 200])  # a block of 128 tokens: many frames, parts of them, one, a part
+def test_block_mask_equals_that_of_torch(layout, tokens):
+    from torch.nn.attention.flex_attention import create_block_mask
+    table, length = torch.tensor(layout.visible), len(layout) * tokens
+    theirs = create_block_mask(lambda b, h, q, k: table[q // tokens, k // tokens], None, None, length, length, "cpu")
+    ours = wc.flex_mask(layout.visible, tokens, torch.device("cpu"))
+    assert ours.seq_lengths == theirs.seq_lengths and ours.BLOCK_SIZE == theirs.BLOCK_SIZE
+    for part in ("kv", "full_kv", "q", "full_q"):
+        for of in (f"{part}_num_blocks", f"{part}_indices"):
+            assert torch.equal(getattr(ours, of), getattr(theirs, of))
+
+
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="flex attention's backward needs CUDA")
 
 
