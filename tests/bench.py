@@ -306,9 +306,10 @@ def fake(make, dtype=torch.float32):
         torch.set_default_dtype(torch.float32)
 
 
-def fake_stage(module, argv, sizes, folder):
+def fake_stage(module, argv, sizes, size, batch, folder):
     """Two steps of a stage's own train() on fake tensors: its models have random weights, and no text encoder. Two
-    timesteps instead of four take as much memory."""
+    timesteps instead of four take as much memory. size: height, width and frames of the videos."""
+    height, width, frames = size
     def dit(name, dtype=torch.float32, device=None):
         return fake(lambda: WanModel(sizes.get(name, sizes[None])), dtype)
 
@@ -321,11 +322,13 @@ def fake_stage(module, argv, sizes, folder):
         return lambda prompts: torch.zeros(len(prompts), sizes[None].text_len, sizes[None].text_dim)
     stand_ins = {
         'find_folder': lambda name: name, 'load_dit': dit, 'load_image_reward': image_reward, 'load_text_encoder': text,
-        'load_vae': lambda *_: fake(WanVAE, torch.bfloat16).requires_grad_(False), 'Trajectories': Trajectory,
+        'load_vae': lambda *_: fake(WanVAE, torch.bfloat16).requires_grad_(False),
+        'Trajectories': lambda folder: Trajectory(*size),
         'load_checkpoint': lambda *_: {'timesteps': '1000, 625'}}
     args = module.parse_args([
         *argv, '--model', 'Wan-AI/Wan2.1-T2V-1.3B', '--prompts', str(ROOT / 'tests/tiny/prompts.txt'), '--steps', '2',
-        '--accum', '1', '--init', 'none', '--dtype', 'bfloat16', '--out', str(folder / '-'.join(argv))])
+        '--height', str(height), '--width', str(width), '--frames', str(frames), '--batch', str(batch), '--accum', '1',
+        '--init', 'none', '--dtype', 'bfloat16', '--out', str(folder / '-'.join(argv))])
     with contextlib.ExitStack() as stack:
         for name, value in stand_ins.items():
             if hasattr(module, name):
@@ -339,55 +342,62 @@ def fake_stage(module, argv, sizes, folder):
 
 class Trajectory:
     """In place of a folder of ODE trajectories, which fake tensors cannot be read from: one without values."""
-    settings = dict(timesteps=[1000.0, 625.0], shift=5.0, frames=81, height=480, width=832, count=1)
 
-    def __init__(self, folder):
-        pass
+    def __init__(self, height, width, frames):
+        self.settings = dict(timesteps=[1000.0, 625.0], shift=5.0, frames=frames, height=height, width=width, count=1)
+        self.shape = (16, latent_frames(frames), height // 8, width // 8)
 
     def __len__(self):
         return 1
 
     def __getitem__(self, i):
-        return torch.zeros(3, 16, 21, 60, 104), 'a prompt'
+        return torch.zeros(3, *self.shape), 'a prompt'
 
 
 @torch.no_grad()
-def fake_generation(config, bidirectional):
-    """What generate.py and ode_init.py sample do to one prompt, on fake tensors."""
+def fake_generation(config, bidirectional, size, batch):
+    """What generate.py (batch 1) and ode_init.py sample do, on fake tensors."""
+    height, width, frames = size
     model, vae = (fake(make, torch.bfloat16) for make in (lambda: WanModel(config), WanVAE))
-    noise, text = torch.randn(1, 16, 21, 60, 104), torch.zeros(1, config.text_len, config.text_dim)
+    noise = torch.randn(batch, 16, latent_frames(frames), height // 8, width // 8)
+    text = torch.zeros(batch, config.text_len, config.text_dim)
     if bidirectional:
         *_, x = ode_trajectory(model, noise, text, text, [0.999, 0.8, 0.5, 0.0])
         vae.decode(x)
         return
     memory = {}
-    for chunk in rollout(model, noise, text, warped_steps(), [3] * 7):
+    for chunk in rollout(model, noise, text, warped_steps(), chunk_sizes(noise.shape[2])):
         vae.decode(chunk.x0, memory)
 
 
 def memory(args):
-    """Peak memory of a process of each stage at 480x832, 81 frames, one video at a time. Nothing is allocated: the
-    stages' own code runs on fake tensors, which have shapes alone, and what is alive is added up."""
+    """Peak memory of a process of each stage. Nothing is allocated: the stages' own code runs on fake tensors, which
+    have shapes alone, and what is alive is added up."""
     config, giant = SIZES[args.size], 'Wan-AI/Wan2.1-T2V-14B'
+    height, width, frames = size = picture(args)
     causal = ['--ratio', '1', '--student', 'causal']
     stages = {
-        'generate.py': (lambda: fake_generation(config, False),),
-        'generate.py --bidirectional': (lambda: fake_generation(config, True),),
+        'generate.py': (lambda: fake_generation(config, False, size, args.batch),),
+        'generate.py --bidirectional': (lambda: fake_generation(config, True, size, args.batch),),
         'ode_init.py train': (ode_init, 'train'),
         'reward_forcing.py': (reward_forcing,),
         'distill_dmd.py': (distill_dmd, '--ratio', '1'),
         'distill_dmd.py, self-forcing': (distill_dmd, *causal),
         'distill_dmd.py, raven': (distill_dmd, *causal, '--history', 'raven'),
         'the same, 14B teacher': (distill_dmd, *causal, '--history', 'raven', '--teacher', giant),
-        'cm_grpo.py, without CLIP': (cm_grpo, '--group', '2', '--prompts-per-step', '1', '--rewards', 'imagereward',
-                                     'motion', 'smoothness')}
+        'cm_grpo.py, without CLIP': (cm_grpo, '--group', str(2 * args.batch), '--prompts-per-step', '1', '--rewards',
+                                     'imagereward', 'motion', 'smoothness')}
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    print(f'{args.size} at 832x480, 81 frames, batch 1: peak GiB, without text encoder and work space')
+    print(f'{args.size} at {width}x{height}, {frames} frames, batch {args.batch}: peak GiB, without text encoder and '
+          'work space')
     with tempfile.TemporaryDirectory() as folder:
         for name, (run, *argv) in stages.items():
             ledger = Ledger()
             with mode, Unread(), ledger, contextlib.redirect_stdout(io.StringIO()):
-                run() if callable(run) else fake_stage(run, argv, {None: config, giant: CONFIGS['14B']}, Path(folder))
+                if callable(run):
+                    run()
+                else:
+                    fake_stage(run, argv, {None: config, giant: CONFIGS['14B']}, size, args.batch, Path(folder))
             gib = ledger.peak / 2 ** 30
             card = next((f'{c} GB' for c in (24, 48, 80) if gib < 0.95 * c * 1e9 / 2 ** 30), 'more than 80 GB')
             print(f'{name:<40}{gib:6.1f}  on a card of {card}', flush=True)

@@ -78,3 +78,17 @@ def test_rewarding_all_frames_needs_no_more_memory_than_their_pixels():
         return ledger.peak
     pixels = 2 * 25 * 3 * 32 * 32 * 4  # bytes of the video
     assert peak(list(range(25))) - peak([24]) < 3 * pixels
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_simulated_generation_takes_the_size_that_was_asked_for(bidirectional):
+    config, mode = dataclasses.replace(CONFIGS["tiny"], num_layers=1), FakeTensorMode()
+
+    def activations(size, batch):
+        with mode, bench.Ledger() as ledger:
+            bench.fake_generation(config, bidirectional, size, batch)
+        return ledger.peak - weights
+    weights = 2 * sum(p.numel() for make in (lambda: WanModel(config), WanVAE) for p in make().parameters())
+    once = activations((64, 64, 25), 1)
+    assert 1.9 * once < activations((64, 64, 25), 2) < 2.1 * once
+    assert 1.9 * once < activations((64, 128, 25), 1) < 2.1 * once
