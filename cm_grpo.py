@@ -233,10 +233,10 @@ def save_adapter(folder, average, args, **metadata):
 
 
 def folded(net, average, scale):
-    """Plain DiT weights, on the CPU: the base with the averaged LoRA folded in, or the averaged weights themselves."""
-    average = {name: value.cpu() for name, value in average.items()}
+    """Plain DiT weights: the base with the averaged LoRA folded in, on the CPU, or the averaged weights themselves."""
     if not any('.lora_' in name for name in average):
         return average
+    average = {name: value.cpu() for name, value in average.items()}
     base = {k.replace('.base_layer', ''): v.cpu() for k, v in net.state_dict().items() if '.lora_' not in k}
     return fold_lora({**base, **average}, base, scale)
 

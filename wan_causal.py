@@ -665,7 +665,7 @@ class CausalConv3d(nn.Conv3d):
             x = F.pad(x, (0, 0, 0, 0, past, 0)) if before is None else torch.cat([before, x], dim=2)
             if cache is not None:
                 cache[self] = x[:, :, -past:].clone()  # a copy: a view would keep all of x alive
-        x = x.contiguous(memory_format=torch.channels_last_3d)
+        x = x.contiguous(memory_format=torch.channels_last_3d)  # not before: padding and joining may lose it
         single = x.shape[0] == 1 and x.device.type == 'cpu' and x.dtype == torch.float32
         if single and torch.backends.mkldnn.is_available():  # else torch takes a kernel that is ten times as slow
             return torch.mkldnn_convolution(x, self.weight, self.bias, self.padding, self.stride, self.dilation, 1)
@@ -1340,7 +1340,7 @@ def reward_gradient(reward, vae, latents, prompts, frames, past=None):
         if i in where:
             start = max(0, 4 * (i - begin) - 3)
             gradient[:, :, i:i + 1], = torch.autograd.grad(out, z, pixels[:, :, start:start + out.shape[2]])
-        memory = {module: x.detach() if torch.is_tensor(x) else x for module, x in memory.items()}
+            memory = {module: x.detach() if torch.is_tensor(x) else x for module, x in memory.items()}
     return rewards.detach(), gradient
 
 

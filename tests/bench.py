@@ -11,6 +11,7 @@ the decoder by torch's counter, over what this machine's own matrix product reac
 """
 import argparse
 import contextlib
+import dataclasses
 import io
 import json
 import re
@@ -310,6 +311,7 @@ def fake_stage(module, argv, sizes, size, batch, folder):
     """Two steps of a stage's own train() on fake tensors: its models have random weights, and no text encoder. Two
     timesteps instead of four take as much memory. size: height, width and frames of the videos."""
     height, width, frames = size
+
     def dit(name, dtype=torch.float32, device=None):
         return fake(lambda: WanModel(sizes.get(name, sizes[None])), dtype)
 
@@ -374,30 +376,33 @@ def memory(args):
     """Peak memory of a process of each stage. Nothing is allocated: the stages' own code runs on fake tensors, which
     have shapes alone, and what is alive is added up."""
     config, giant = SIZES[args.size], 'Wan-AI/Wan2.1-T2V-14B'
+    large = dataclasses.replace(CONFIGS['14B'], text_dim=config.text_dim)  # both read the same text
     height, width, frames = size = picture(args)
     causal = ['--ratio', '1', '--student', 'causal']
+    folder = tempfile.TemporaryDirectory()
+
+    def stage(module, *argv):
+        return lambda: fake_stage(module, argv, {None: config, giant: large}, size, args.batch,
+                                  Path(folder.name))
     stages = {
-        'generate.py': (lambda: fake_generation(config, False, size, args.batch),),
-        'generate.py --bidirectional': (lambda: fake_generation(config, True, size, args.batch),),
-        'ode_init.py train': (ode_init, 'train'),
-        'reward_forcing.py': (reward_forcing,),
-        'distill_dmd.py': (distill_dmd, '--ratio', '1'),
-        'distill_dmd.py, self-forcing': (distill_dmd, *causal),
-        'distill_dmd.py, raven': (distill_dmd, *causal, '--history', 'raven'),
-        'the same, 14B teacher': (distill_dmd, *causal, '--history', 'raven', '--teacher', giant),
-        'cm_grpo.py, without CLIP': (cm_grpo, '--group', str(2 * args.batch), '--prompts-per-step', '1', '--rewards',
-                                     'imagereward', 'motion', 'smoothness')}
+        'generate.py': lambda: fake_generation(config, False, size, args.batch),
+        'generate.py --bidirectional': lambda: fake_generation(config, True, size, args.batch),
+        'ode_init.py train': stage(ode_init, 'train'),
+        'reward_forcing.py': stage(reward_forcing),
+        'distill_dmd.py': stage(distill_dmd, '--ratio', '1'),
+        'distill_dmd.py, self-forcing': stage(distill_dmd, *causal),
+        'distill_dmd.py, raven': stage(distill_dmd, *causal, '--history', 'raven'),
+        'the same, 14B teacher': stage(distill_dmd, *causal, '--history', 'raven', '--teacher', giant),
+        'cm_grpo.py, without CLIP': stage(cm_grpo, '--group', str(2 * args.batch), '--prompts-per-step', '1',
+                                          '--rewards', 'imagereward', 'motion', 'smoothness')}
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     print(f'{args.size} at {width}x{height}, {frames} frames, batch {args.batch}: peak GiB, without text encoder and '
           'work space')
-    with tempfile.TemporaryDirectory() as folder:
-        for name, (run, *argv) in stages.items():
+    with folder:
+        for name, run in stages.items():
             ledger = Ledger()
             with mode, Unread(), ledger, contextlib.redirect_stdout(io.StringIO()):
-                if callable(run):
-                    run()
-                else:
-                    fake_stage(run, argv, {None: config, giant: CONFIGS['14B']}, size, args.batch, Path(folder))
+                run()
             gib = ledger.peak / 2 ** 30
             card = next((f'{c} GB' for c in (24, 48, 80) if gib < 0.95 * c * 1e9 / 2 ** 30), 'more than 80 GB')
             print(f'{name:<40}{gib:6.1f}  on a card of {card}', flush=True)
