@@ -58,7 +58,8 @@ SETTINGS = {
     'teacher-forcing': CAUSVID,
     'self-forcing': SELF_FORCING,
     'raven': {**SELF_FORCING, 'steps': 300, 'accum': 4, 'weight_decay': 0.0, 'grad_clip': 1000.0, 'ema': 0.9675,
-              'ema_start': 0, 'ratio': 2, 'guidance': 3.0, 'chunk_weight_shift': -1.0},
+              'ema_start': 0, 'ratio': 2, 'guidance': 3.0, 'chunk_weight_shift': -1.0,
+              'negative': 'slow motion, time dilation, 高帧率，' + NEGATIVE_PROMPT},
 }
 
 
@@ -66,9 +67,12 @@ SETTINGS = {
 # The losses
 
 def score_timestep(generators, shift, device):
-    """Timesteps (B,) at which the scores are compared: uniform whole numbers, shifted, within [20, 980]."""
+    """Timesteps (B,) at which the scores are compared: uniform whole numbers, shifted, within [20, 980].
+
+    Self Forcing's rule, for every history: RAVEN scales into that range where this clamps to it.
+    """
     tau = torch.stack([torch.randint(1000, (), generator=g, device=g.device) for g in generators]).to(device)
-    return 1000 * shift_sigma(tau / 1000, shift).clamp(0.02, 0.98)  # Self Forcing's rule
+    return 1000 * shift_sigma(tau / 1000, shift).clamp(0.02, 0.98)
 
 
 def dmd_direction(x0, fake, real):

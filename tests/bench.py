@@ -307,7 +307,7 @@ def fake(make, dtype=torch.float32):
         torch.set_default_dtype(torch.float32)
 
 
-def fake_stage(module, argv, sizes, size, batch, folder):
+def fake_stage(module, argv, sizes, size, batch):
     """Two steps of a stage's own train() on fake tensors: its models have random weights, and no text encoder. Two
     timesteps instead of four take as much memory. size: height, width and frames of the videos."""
     height, width, frames = size
@@ -327,11 +327,12 @@ def fake_stage(module, argv, sizes, size, batch, folder):
         'load_vae': lambda *_: fake(WanVAE, torch.bfloat16).requires_grad_(False),
         'Trajectories': lambda folder: Trajectory(*size),
         'load_checkpoint': lambda *_: {'timesteps': '1000, 625'}}
-    args = module.parse_args([
-        *argv, '--model', 'Wan-AI/Wan2.1-T2V-1.3B', '--prompts', str(ROOT / 'tests/tiny/prompts.txt'), '--steps', '2',
-        '--height', str(height), '--width', str(width), '--frames', str(frames), '--batch', str(batch), '--accum', '1',
-        '--init', 'none', '--dtype', 'bfloat16', '--out', str(folder / '-'.join(argv))])
     with contextlib.ExitStack() as stack:
+        out = stack.enter_context(tempfile.TemporaryDirectory())
+        args = module.parse_args([
+            *argv, '--model', 'Wan-AI/Wan2.1-T2V-1.3B', '--prompts', str(ROOT / 'tests/tiny/prompts.txt'), '--steps',
+            '2', '--height', str(height), '--width', str(width), '--frames', str(frames), '--batch', str(batch),
+            '--accum', '1', '--init', 'none', '--dtype', 'bfloat16', '--out', out])
         for name, value in stand_ins.items():
             if hasattr(module, name):
                 stack.enter_context(mock.patch.object(module, name, value))
@@ -379,11 +380,9 @@ def memory(args):
     large = dataclasses.replace(CONFIGS['14B'], text_dim=config.text_dim)  # both read the same text
     height, width, frames = size = picture(args)
     causal = ['--ratio', '1', '--student', 'causal']
-    folder = tempfile.TemporaryDirectory()
 
     def stage(module, *argv):
-        return lambda: fake_stage(module, argv, {None: config, giant: large}, size, args.batch,
-                                  Path(folder.name))
+        return lambda: fake_stage(module, argv, {None: config, giant: large}, size, args.batch)
     stages = {
         'generate.py': lambda: fake_generation(config, False, size, args.batch),
         'generate.py --bidirectional': lambda: fake_generation(config, True, size, args.batch),
@@ -398,14 +397,13 @@ def memory(args):
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     print(f'{args.size} at {width}x{height}, {frames} frames, batch {args.batch}: peak GiB, without text encoder and '
           'work space')
-    with folder:
-        for name, run in stages.items():
-            ledger = Ledger()
-            with mode, Unread(), ledger, contextlib.redirect_stdout(io.StringIO()):
-                run()
-            gib = ledger.peak / 2 ** 30
-            card = next((f'{c} GB' for c in (24, 48, 80) if gib < 0.95 * c * 1e9 / 2 ** 30), 'more than 80 GB')
-            print(f'{name:<40}{gib:6.1f}  on a card of {card}', flush=True)
+    for name, run in stages.items():
+        ledger = Ledger()
+        with mode, Unread(), ledger, contextlib.redirect_stdout(io.StringIO()):
+            run()
+        gib = ledger.peak / 2 ** 30
+        card = next((f'{c} GB' for c in (24, 48, 80) if gib < 0.95 * c * 1e9 / 2 ** 30), 'more than 80 GB')
+        print(f'{name:<40}{gib:6.1f}  on a card of {card}', flush=True)
 
 
 def main():

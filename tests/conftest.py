@@ -66,31 +66,33 @@ def run(*args, env=None, cwd=ROOT, timeout=600):
                           timeout=timeout)
 
 
-def run_together(*commands):
-    """Run several at the same time; returns them as `run` does."""
-    with ThreadPoolExecutor() as side_by_side:
-        return list(side_by_side.map(lambda command: run(*command), commands))
-
-
-def run_each(commands):
-    """Run scripts one after the other in one process, which imports the packages once: [(exit code, stderr)]."""
+def run_each(commands, env=None):
+    """Run scripts one after the other in one process, which imports the packages once; returns them as `run` does."""
     code = f"""
 import contextlib, io, json, runpy, sys
 sys.path.insert(0, '.')
 for sys.argv in {[[str(a) for a in command] for command in commands]!r}:
-    errors, code = io.StringIO(), 0
+    out, err, code = io.StringIO(), io.StringIO(), 0
     try:
-        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             runpy.run_path(sys.argv[0], run_name='__main__')
     except SystemExit as stop:
         code = stop.code
-    print(json.dumps([code, errors.getvalue()]))
+    print(json.dumps([sys.argv, code, out.getvalue(), err.getvalue()]))
 """
-    done = run("-c", code)
+    done = run("-c", code, env=env)
     assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return [subprocess.CompletedProcess(*json.loads(line)) for line in done.stdout.splitlines()]
 
 
 def torchrun(processes, *args, **kwargs):
     """The same under torchrun with several processes."""
     return run("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *args, **kwargs)
+
+
+def alone_and_under_torchrun(args, one, two):
+    """A script with the flags `one` in one process and, at the same time, with `two` in two: both as `run` returns."""
+    with ThreadPoolExecutor() as side_by_side:
+        alone = side_by_side.submit(run, *args, *one)
+        together = torchrun(2, *args, *two)
+    return alone.result(), together

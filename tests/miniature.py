@@ -25,8 +25,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 import tiny_world  # noqa: E402
 
-# run: (script and flags, the runs whose weights it starts from, seeds without --seeds: two of the papers' methods and
-# of Self Forcing, for a spread). {data} is the folder of the trajectories. What all share is in tests/tiny/defaults.json.
+# run: (script and flags, the runs whose weights it starts from, seeds without --seeds: two of the papers' own methods,
+# for a spread). {data} is the folder of the trajectories. What all share is in tests/tiny/defaults.json.
 STAGES = {
     'student': ('distill_dmd.py', None, 1),
     'ode': ('ode_init.py train --data {data}', 'student', 1),
@@ -34,14 +34,14 @@ STAGES = {
     'reward_random': ('reward_forcing.py --reward-frames random', 'ode', 1),
     'reward_all': ('reward_forcing.py --reward-frames all --batch 2', 'ode', 1),  # 57 decoded frames each cost enough
     'raven': ('distill_dmd.py --student causal --history raven', 'ode', 2),
-    'self_forcing': ('distill_dmd.py --student causal --history self-forcing', 'ode', 2),
+    'self_forcing': ('distill_dmd.py --student causal --history self-forcing', 'ode', 1),
     'causvid': ('distill_dmd.py --student causal --history diffusion-forcing --data {data}', 'ode', 1),
     'teacher_forcing': ('distill_dmd.py --student causal --history teacher-forcing --data {data}', 'ode', 1),
     'raven_uniform': ('distill_dmd.py --student causal --history raven --chunk-weight-shift 0', 'ode', 1),
     'distill_reward': ('distill_dmd.py --student causal --history self-forcing --reward-weight 1', 'ode', 1),
     'raven_cm': ('cm_grpo.py', 'raven', 2),
-    'reward_cm': ('cm_grpo.py', 'reward', 2),
-    'reward_em': ('cm_grpo.py --policy em', 'reward', 2),
+    'reward_cm': ('cm_grpo.py', 'reward', 1),
+    'reward_em': ('cm_grpo.py --policy em', 'reward', 1),
 }
 ONCE = ('student', 'ode')  # whatever --seeds says: all others start from them
 FRAME_WISE = ('raven', 'reward')  # are also measured with chunks of one latent frame, as CM-GRPO trains them here

@@ -2,7 +2,7 @@
 import imageio
 import numpy as np
 import pytest
-from conftest import ROOT, random_dit, run, run_each, run_together, torchrun
+from conftest import ROOT, alone_and_under_torchrun, random_dit, run, run_each
 
 import wan_causal as wc
 
@@ -51,8 +51,8 @@ def test_causal_streaming_and_its_flags(tmp_path, causal):
 
 def test_the_seed_decides(tmp_path, causal):
     seeds = {"a": 1, "b": 1, "c": 2}
-    for done in run_together(*(["generate.py", PROMPT, "--checkpoint", causal, "--frames", 9, "--seed", seed,
-                                "--out", tmp_path / f"{name}.mp4"] for name, seed in seeds.items())):
+    for done in run_each(["generate.py", PROMPT, "--checkpoint", causal, "--frames", 9, "--seed", seed,
+                          "--out", tmp_path / f"{name}.mp4"] for name, seed in seeds.items()):
         assert done.returncode == 0, done.stderr
     videos = [read(tmp_path / f"{name}.mp4") for name in seeds]
     assert (videos[0] == videos[1]).all() and (videos[0] != videos[2]).any()
@@ -64,25 +64,25 @@ def test_goes_on_from_a_video_and_from_an_image(tmp_path, causal):
     with imageio.get_writer(tmp_path / "video.mp4", fps=16, macro_block_size=2) as writer:
         for _ in range(11):  # 1 + 4k: the last 9
             writer.append_data(ramp)
-    for init, kept in (("image.png", 1), ("video.mp4", 9)):
-        done = run("generate.py", PROMPT, "--checkpoint", causal, "--frames", 21, "--init", tmp_path / init,
-                   "--out", tmp_path / "out.mp4")
+    on, *others = run_each(["generate.py", PROMPT, "--checkpoint", causal, "--frames", frames, "--init",
+                            tmp_path / init, "--out", tmp_path / out]
+                           for frames, init, out in ((9, "video.mp4", "none.mp4"), (21, "image.png", "1.mp4"),
+                                                     (21, "video.mp4", "9.mp4")))
+    assert on.returncode == 2 and "already has 9 usable frames: --frames 9 must be more" in on.stderr
+    assert not (tmp_path / "none.mp4").exists()
+    for done, kept in zip(others, (1, 9)):
         assert done.returncode == 0, done.stderr
-        frames = read(tmp_path / "out.mp4").astype(float)
+        frames = read(tmp_path / f"{kept}.mp4").astype(float)
         assert frames.shape == (21, 64, 64, 3)
         columns = frames[:kept, 8:-8].mean((0, 1, 3))  # the ramp, through the VAE, still rises to the right
         assert np.corrcoef(columns, np.arange(64))[0, 1] > 0.9
-    done = run("generate.py", PROMPT, "--checkpoint", causal, "--frames", 9, "--init", tmp_path / "video.mp4",
-               "--out", tmp_path / "none.mp4")
-    assert done.returncode == 2 and "already has 9 usable frames: --frames 9 must be more" in done.stderr
-    assert not (tmp_path / "none.mp4").exists()
 
 
 def test_overlapping_rollouts_of_any_length(tmp_path, causal):
     """57-frame segments that give up 9 frames each: 48 of the first, and the last one's 45 make 93."""
     flags = {"long": ["--frames", 93, "--overlap", 3], "plain": ["--frames", 57]}
-    for done in run_together(*(["generate.py", PROMPT, "--checkpoint", causal, *flags[name],
-                                "--out", tmp_path / f"{name}.mp4"] for name in flags)):
+    for done in run_each(["generate.py", PROMPT, "--checkpoint", causal, *flags[name],
+                          "--out", tmp_path / f"{name}.mp4"] for name in flags):
         assert done.returncode == 0, done.stderr
     long, plain = (read(tmp_path / f"{name}.mp4").astype(float) for name in ("long", "plain"))
     assert long.shape == (93, 64, 64, 3)
@@ -92,9 +92,8 @@ def test_overlapping_rollouts_of_any_length(tmp_path, causal):
 def test_two_processes_share_the_prompts_and_write_the_same_files(tmp_path, causal):
     prompts = [PROMPT, "a blue circle", "a plain green square bouncing on a gray background"]
     args = ["generate.py", *prompts, "--checkpoint", causal, "--frames", 21]
-    assert run(*args, "--out", tmp_path / "one").returncode == 0
-    done = torchrun(2, *args, "--out", tmp_path / "two")
-    assert done.returncode == 0, done.stderr
+    alone, done = alone_and_under_torchrun(args, ["--out", tmp_path / "one"], ["--out", tmp_path / "two"])
+    assert alone.returncode == done.returncode == 0, alone.stderr + done.stderr
     assert done.stdout.count("FPS)") == 3
     one, two = (sorted((tmp_path / folder).iterdir()) for folder in ("one", "two"))
     assert [f.name for f in one] == [f.name for f in two] and len(one) == 3
@@ -136,20 +135,20 @@ BAD = [
 
 @pytest.fixture(scope="module")
 def refused(causal, tmp_path_factory):
-    """(exit code, stderr, its folder) of each case of BAD."""
+    """(how it ended, its folder) of each case of BAD."""
     folders = [tmp_path_factory.mktemp("bad") for _ in BAD]
     commands = []
     for folder, (args, _) in zip(folders, BAD):
         args = [str(a).replace("CAUSAL", str(causal)).replace("OUT", str(folder)) for a in args]
         commands.append(["generate.py", *args, *([] if "--out" in args else ["--out", folder / "out"])])
-    return [(*result, folder) for result, folder in zip(run_each(commands), folders)]
+    return list(zip(run_each(commands), folders))
 
 
 @pytest.mark.parametrize("case", range(len(BAD)))
 def test_bad_input_is_one_sentence_and_leaves_nothing(refused, case):
-    code, stderr, folder = refused[case]
-    assert code == 2 and BAD[case][1] in stderr and "Traceback" not in stderr
-    assert len([line for line in stderr.splitlines() if line.startswith("error: ")]) == 1
+    done, folder = refused[case]
+    assert done.returncode == 2 and BAD[case][1] in done.stderr and "Traceback" not in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
     assert not [f for f in folder.rglob("*") if f.is_file()]
 
 

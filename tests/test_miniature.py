@@ -16,7 +16,7 @@ def test_every_command_of_the_plan_is_accepted_by_its_script(tmp_path):
     assert len(jobs) > 60
     starts = {name: command[command.index("--init") + 1].split("/")[-2] for name, (command, _) in
               miniature.plan(tmp_path, [], fast=False, seeds=None).items() if "--init" in command}
-    assert starts["reward-1"] == "ode-0" and starts["reward_cm-1"] == "reward-1" and "causvid-1" not in starts
+    assert starts["reward-1"] == "ode-0" and starts["raven_cm-1"] == "raven-1" and "causvid-1" not in starts
 
 
 def test_a_run_comes_after_what_it_starts_from(tmp_path):

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, random_dit, random_latents, run, run_each, torchrun
+from conftest import ROOT, alone_and_under_torchrun, random_dit, random_latents, run, run_each, torchrun
 from safetensors.torch import load_file
 
 import distill_dmd
@@ -457,14 +457,13 @@ def metrics(folder):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_ranks_with_half_the_batch_equal_one_process(stage, made, tmp_path):
-    """Also: two steps as plain python and under torchrun, with sample videos and a usable result."""
+    """Also: two steps as plain python and under torchrun, there with recomputed activations (the default at full size),
+    with sample videos and a usable result."""
     args = [*command(stage, made), *FEW, "--lr", 1e-4, "--steps", 2]
     args += {"reward_forcing": ["--reward-frames", "all"],  # gradient in every chunk
              "self-forcing": ["--reward-weight", 0.5, "--rollout-frames", 25]}.get(stage, [])
-    with ThreadPoolExecutor() as side_by_side:
-        one = side_by_side.submit(run, *args, "--sample-every", 2, "--out", tmp_path / "one")
-        two = torchrun(2, *args, "--sample-every", 0, "--batch", 1, "--out", tmp_path / "two")
-    one = one.result()
+    one, two = alone_and_under_torchrun(args, ["--sample-every", 2, "--out", tmp_path / "one"], [
+        "--sample-every", 0, "--batch", 1, "--checkpointing", "--out", tmp_path / "two"])
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     start = wc.load_dit(TINY).state_dict()  # LoRA's B starts at zero
     a, b = (torch.load(tmp_path / name / "state.pt", weights_only=True)["parts"]["generator"]
@@ -567,37 +566,37 @@ def test_a_reward_of_ones_own_is_learned(made, tmp_path):
         "def broken(video, prompts):\n    calls.append(1)\n    r = video.mean(dim=(1, 2, 3, 4))\n"
         "    return r / 0 if len(calls) == 3 else r\n"
         "def wrong(video, prompts):\n    return video.mean()\n")
-    env = {"PYTHONPATH": str(tmp_path)}
-    base = ["reward_forcing.py", "--init", made / "ode.safetensors", *SHORT]
-    done = run(*base, "--reward", "mine:bright", "--lr", 1e-3, "--steps", 10, "--exit-step", "last", "--out",
-               tmp_path / "bright", env=env)
-    assert done.returncode == 0, done.stderr
+    bright, broken, wrong = run_each((
+        ["reward_forcing.py", "--init", made / "ode.safetensors", *SHORT, "--lr", 1e-3, "--exit-step", "last",
+         "--reward", f"mine:{name}", "--steps", steps, "--out", tmp_path / name]
+        for name, steps in (("bright", 10), ("broken", 5), ("wrong", 5))), env={"PYTHONPATH": str(tmp_path)})
+    assert bright.returncode == 0, bright.stderr
     rewards = [m["reward"] for m in metrics(tmp_path / "bright")]
     assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.1
-    done = run(*base, "--reward", "mine:broken", "--steps", 5, "--out", tmp_path / "broken", env=env)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert broken.returncode == 2 and "Traceback" not in broken.stderr
     assert f"reward is inf at step 3; the last good state is step 2 in {tmp_path / 'broken/state.pt'}" in \
-        done.stderr.replace("nan", "inf").replace("-inf", "inf")
-    done = run(*base, "--reward", "mine:wrong", "--steps", 5, "--out", tmp_path / "wrong", env=env)
-    assert done.returncode == 2 and "the reward returned shape ()" in done.stderr
+        broken.stderr.replace("nan", "inf").replace("-inf", "inf")
+    assert wrong.returncode == 2 and "the reward returned shape ()" in wrong.stderr
 
 
 def test_frame_wise_and_first_steps_of_the_whole_path(tmp_path):
     """Each stage's file is what the next one takes, chunk 1; and generate.py shows both kinds of student."""
-    for args in (["distill_dmd.py", "--ratio", 1, "--steps", 1, "--out", tmp_path / "student"],
-                 ["ode_init.py", "sample", "--frames", 9, "--count", 2, "--steps", 4, "--out", tmp_path / "data"],
-                 ["ode_init.py", "train", "--data", tmp_path / "data", "--init", tmp_path / "student/model.safetensors",
-                  "--chunk", 1, "--steps", 1, "--out", tmp_path / "ode"],
-                 ["reward_forcing.py", "--init", tmp_path / "ode/model.safetensors", "--steps", 1, "--reward-frames",
-                  "random", "--out", tmp_path / "reward"]):
-        flags = ["--batch", 2, *([] if "sample" in args else ["--sample-every", 0, "--frames", 9])]
-        done = run(*args, *flags)
+    flags = ["--batch", 2, "--frames", 9]
+    train = [*flags, "--steps", 1, "--sample-every", 0]
+    student, ode, reward = (tmp_path / name / "model.safetensors" for name in ("student", "ode", "reward"))
+    *stages, shown, streamed = run_each([
+        ["distill_dmd.py", "--ratio", 1, *train, "--out", student.parent],
+        ["ode_init.py", "sample", "--count", 2, "--steps", 4, *flags, "--out", tmp_path / "data"],
+        ["ode_init.py", "train", "--data", tmp_path / "data", "--init", student, "--chunk", 1, *train,
+         "--out", ode.parent],
+        ["reward_forcing.py", "--init", ode, "--reward-frames", "random", *train, "--out", reward.parent],
+        *(["generate.py", CAPTIONS[0], "--checkpoint", file, *more, "--frames", 9, "--out", tmp_path / f"{i}.mp4"]
+          for i, (file, more) in enumerate(((student, ["--bidirectional"]), (reward, []))))])
+    for done in (*stages, shown, streamed):
         assert done.returncode == 0, done.stderr
-    assert "chunks of 1 latent frames" in done.stdout
-    for checkpoint, flags in (("student", ["--bidirectional"]), ("reward", [])):
-        done = run("generate.py", CAPTIONS[0], "--checkpoint", tmp_path / checkpoint / "model.safetensors", *flags,
-                   "--frames", 9, "--out", tmp_path / f"{checkpoint}.mp4")
-        assert done.returncode == 0 and "timesteps 1000, 937.5, 833.333, 625" in done.stdout, done.stderr
+    assert "chunks of 1 latent frames" in stages[-1].stdout and "all frames at once" in shown.stdout
+    for done in (shown, streamed):
+        assert "timesteps 1000, 937.5, 833.333, 625" in done.stdout
 
 
 BAD = [
@@ -640,7 +639,7 @@ BAD = [
 
 @pytest.fixture(scope="module")
 def refused(made, tmp_path_factory):
-    """(exit code, stderr, the folder it was told to write to) of each case of BAD."""
+    """(how it ended, the folder it was told to write to) of each case of BAD."""
     folder = tmp_path_factory.mktemp("bad")
     for name in ("empty", "damaged", "run"):
         (folder / name).mkdir()
@@ -656,11 +655,11 @@ def refused(made, tmp_path_factory):
         args = [a.format(**names) if isinstance(a, str) else a for a in args]
         args += [] if "--out" in args else ["--out", folder / str(i)]
         commands.append(args if "sample" in args else [*args, "--steps", 1])
-    return [(*result, folder / str(i)) for i, result in enumerate(run_each(commands))]
+    return [(done, folder / str(i)) for i, done in enumerate(run_each(commands))]
 
 
 @pytest.mark.parametrize("case", range(len(BAD)), ids=[words for _, words in BAD])
 def test_bad_input_is_one_sentence(refused, case):
-    code, stderr, out = refused[case]
-    assert code == 2 and stderr.splitlines()[-1].startswith("error: ") and BAD[case][1] in stderr
-    assert "Traceback" not in stderr and not (out / "state.pt").exists()
+    done, out = refused[case]
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: ") and BAD[case][1] in done.stderr
+    assert "Traceback" not in done.stderr and not (out / "state.pt").exists()
