@@ -1819,6 +1819,9 @@ def processes(device=None):
         device = torch.device('cuda', local if device.index is None else device.index)
         torch.cuda.set_device(device)
     if world > 1:
+        # Before the group exists: imported later, as DDP does, its functions' defaults would hold the group, whose
+        # threads would then outlive it and could abort the interpreter's exit.
+        importlib.import_module('torch.distributed.nn')
         torch.distributed.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
     try:
         yield Process(rank, world, device)

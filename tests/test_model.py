@@ -556,21 +556,27 @@ def test_reward_preprocessing_is_pils(height, width):
     assert (ours.permute(1, 2, 0) - theirs).abs().max() < 1.5 / 255
 
 
-def test_two_processes_average_gradients(tmp_path):
+def test_two_processes_average_gradients_and_end_their_threads(tmp_path):
     from conftest import torchrun
     script = tmp_path / "average.py"
     script.write_text("""
-import sys, torch
+import pathlib, sys, torch
 import wan_causal as wc
-with wc.processes('cpu') as p:
+def threads():
+    return [file.read_text() for file in pathlib.Path('/proc/self/task').glob('*/comm')]  # Linux
+def average(p):
     torch.manual_seed(0)
     model = p.wrap(torch.nn.Linear(2, 1, bias=False))
     model(torch.full((1, 2), float(p.rank))).sum().backward()
     p.barrier()
     p.print('world', p.world, type(model).__name__, model.module.weight.grad.tolist())
+with wc.processes('cpu') as p:
+    average(p)
+    assert any('gloo' in name for name in threads()) or sys.platform != 'linux'
+assert not any('gloo' in name for name in threads()), threads()
 """)
     done = torchrun(2, script, env={"PYTHONPATH": "."})
-    assert done.stdout.strip() == "world 2 DistributedDataParallel [[0.5, 0.5]]", done.stderr
+    assert done.returncode == 0 and done.stdout.strip() == "world 2 DistributedDataParallel [[0.5, 0.5]]", done.stderr
     with wc.processes("cpu") as alone:
         linear = torch.nn.Linear(1, 1)
         assert (alone.rank, alone.world, alone.wrap(linear)) == (0, 1, linear)
