@@ -1,13 +1,15 @@
 """Shared by the tests: the reference tensors, small random models, and running scripts as a user does."""
 import json
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-# Idle threads must not spin: several processes share few cores here.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ["OMP_NUM_THREADS"] = "1"  # several processes share few cores here
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing may be downloaded
 
 import pytest
@@ -59,35 +61,55 @@ def random_latents(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def run(*args, env=None, cwd=ROOT, timeout=600):
-    """Run a script with this Python, offline and on one thread; returns the finished process."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})}
-    return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, env=environment, cwd=cwd,
-                          timeout=timeout)
+# A script that a test runs is a process of its own, forked from a server that has imported the packages once: a new
+# Python would take seconds for that each time.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["imageio", "torch._dynamo", "transformers.models.auto.tokenization_auto",
+                               "transformers.models.blip.modeling_blip_text", "transformers.models.umt5.modeling_umt5"])
 
 
-def run_each(commands, env=None):
-    """Run scripts one after the other in one process, which imports the packages once; returns them as `run` does."""
-    code = f"""
-import contextlib, io, json, runpy, sys
-sys.path.insert(0, '.')
-for sys.argv in {[[str(a) for a in command] for command in commands]!r}:
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            runpy.run_path(sys.argv[0], run_name='__main__')
-    except SystemExit as stop:
-        code = stop.code
-    print(json.dumps([sys.argv, code, out.getvalue(), err.getvalue()]))
-"""
-    done = run("-c", code, env=env)
-    assert done.returncode == 0, done.stderr
-    return [subprocess.CompletedProcess(*json.loads(line)) for line in done.stdout.splitlines()]
+def be_script(args, environment, out, err):
+    """In the forked process: what `python SCRIPT ARGUMENTS` does, with its output in two files."""
+    for stream, file in ((sys.stdout, out), (sys.stderr, err)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream.fileno())
+        stream.reconfigure(line_buffering=True)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    sys.argv = args
+    sys.path[:0] = [str(Path(args[0]).parent), *filter(None, [environment.get("PYTHONPATH")])]
+    runpy.run_path(args[0], run_name="__main__")
+
+
+def start(out, err, *args, env=None):
+    """Start a script, offline; returns the process."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **(env or {})}
+    process = SERVER.Process(target=be_script, args=([str(a) for a in args], environment, out, err))
+    process.start()
+    return process
+
+
+def run(*args, env=None, timeout=600):
+    """Run a script; returns the finished process as subprocess.run does."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        process = start(out, err, *args, env=env)
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            raise subprocess.TimeoutExpired(args, timeout)
+        return subprocess.CompletedProcess(args, process.exitcode, out.read_text(), err.read_text())
+
+
+def python(*args, env=None, timeout=600):
+    """The same by a Python of its own."""
+    return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, cwd=ROOT, timeout=timeout,
+                          env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **(env or {})})
 
 
 def torchrun(processes, *args, **kwargs):
     """The same under torchrun with several processes."""
-    return run("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *args, **kwargs)
+    return python("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *args, **kwargs)
 
 
 def alone_and_under_torchrun(args, one, two):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, random_dit, random_latents, run_each
+from conftest import ROOT, random_dit, random_latents, run
 from safetensors.torch import load_file
 
 import cm_grpo
@@ -204,10 +204,10 @@ def test_other_settings_run_and_leave_a_generator(clip_folder, tmp_path):
     wc.save_checkpoint(tmp_path / "start.safetensors", start, kind="causal", chunk=3, timesteps="1000,900,750,500")
     settings = {"full": ["--lora-rank", 0, "--kl", 0.01], "em": ["--policy", "em", "--em-noise", 0.8],
                 "again": ["--updates", 2, "--rewards", "clip=2", "aesthetic=1", "smoothness=0.75"]}
-    for name, done in zip(settings, run_each(
-            ["cm_grpo.py", "--init", tmp_path / "start.safetensors", *TINY_RUN, "--frames", 13, "--lora-rank", 4,
-             "--sample-every", 1, "--clip-model", folder, "--aesthetic-head", folder / "head.pth",
-             "--rewards", "motion", *flags, "--out", tmp_path / name] for name, flags in settings.items())):
+    for name, flags in settings.items():
+        done = run("cm_grpo.py", "--init", tmp_path / "start.safetensors", *TINY_RUN, "--frames", 13, "--lora-rank", 4,
+                   "--sample-every", 1, "--clip-model", folder, "--aesthetic-head", folder / "head.pth",
+                   "--rewards", "motion", *flags, "--out", tmp_path / name)
         assert done.returncode == 0, done.stderr
         result = load_file(tmp_path / name / "model.safetensors")
         assert set(result) == set(start) and any(not torch.equal(result[k], start[k]) for k in start)
@@ -219,11 +219,10 @@ def test_a_reward_that_is_not_a_number_stops_the_run_in_words(tmp_path):
     (tmp_path / "mine.py").write_text("def nan(video, prompts):\n    return video.mean((1, 2, 3, 4)) * float('nan')\n"
                                       "def scalar(video, prompts):\n    return video.mean()\n")
     messages = {"nan": "reward_mine:nan is nan at step 1", "scalar": "the reward returned shape ()"}
-    for name, done in zip(messages, run_each((
-            ["cm_grpo.py", "--init", tmp_path / "start.safetensors", *TINY_RUN, "--sample-every", 0,
-             "--rewards", f"mine:{name}", "--out", tmp_path / name] for name in messages),
-            env={"PYTHONPATH": str(tmp_path)})):
-        assert done.returncode == 2 and messages[name] in done.stderr and "Traceback" not in done.stderr
+    for name, words in messages.items():
+        done = run("cm_grpo.py", "--init", tmp_path / "start.safetensors", *TINY_RUN, "--sample-every", 0, "--rewards",
+                   f"mine:{name}", "--out", tmp_path / name, env={"PYTHONPATH": str(tmp_path)})
+        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
 
 
 def test_motion_is_compared_over_ten_steps():

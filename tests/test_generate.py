@@ -2,7 +2,7 @@
 import imageio
 import numpy as np
 import pytest
-from conftest import ROOT, alone_and_under_torchrun, random_dit, run, run_each
+from conftest import ROOT, alone_and_under_torchrun, random_dit, run
 
 import wan_causal as wc
 
@@ -51,8 +51,9 @@ def test_causal_streaming_and_its_flags(tmp_path, causal):
 
 def test_the_seed_decides(tmp_path, causal):
     seeds = {"a": 1, "b": 1, "c": 2}
-    for done in run_each(["generate.py", PROMPT, "--checkpoint", causal, "--frames", 9, "--seed", seed,
-                          "--out", tmp_path / f"{name}.mp4"] for name, seed in seeds.items()):
+    for name, seed in seeds.items():
+        done = run("generate.py", PROMPT, "--checkpoint", causal, "--frames", 9, "--seed", seed,
+                   "--out", tmp_path / f"{name}.mp4")
         assert done.returncode == 0, done.stderr
     videos = [read(tmp_path / f"{name}.mp4") for name in seeds]
     assert (videos[0] == videos[1]).all() and (videos[0] != videos[2]).any()
@@ -64,10 +65,10 @@ def test_goes_on_from_a_video_and_from_an_image(tmp_path, causal):
     with imageio.get_writer(tmp_path / "video.mp4", fps=16, macro_block_size=2) as writer:
         for _ in range(11):  # 1 + 4k: the last 9
             writer.append_data(ramp)
-    on, *others = run_each(["generate.py", PROMPT, "--checkpoint", causal, "--frames", frames, "--init",
-                            tmp_path / init, "--out", tmp_path / out]
-                           for frames, init, out in ((9, "video.mp4", "none.mp4"), (21, "image.png", "1.mp4"),
-                                                     (21, "video.mp4", "9.mp4")))
+    on, *others = (run("generate.py", PROMPT, "--checkpoint", causal, "--frames", frames, "--init", tmp_path / init,
+                       "--out", tmp_path / out)
+                   for frames, init, out in ((9, "video.mp4", "none.mp4"), (21, "image.png", "1.mp4"),
+                                             (21, "video.mp4", "9.mp4")))
     assert on.returncode == 2 and "already has 9 usable frames: --frames 9 must be more" in on.stderr
     assert not (tmp_path / "none.mp4").exists()
     for done, kept in zip(others, (1, 9)):
@@ -81,8 +82,8 @@ def test_goes_on_from_a_video_and_from_an_image(tmp_path, causal):
 def test_overlapping_rollouts_of_any_length(tmp_path, causal):
     """57-frame segments that give up 9 frames each: 48 of the first, and the last one's 45 make 93."""
     flags = {"long": ["--frames", 93, "--overlap", 3], "plain": ["--frames", 57]}
-    for done in run_each(["generate.py", PROMPT, "--checkpoint", causal, *flags[name],
-                          "--out", tmp_path / f"{name}.mp4"] for name in flags):
+    for name in flags:
+        done = run("generate.py", PROMPT, "--checkpoint", causal, *flags[name], "--out", tmp_path / f"{name}.mp4")
         assert done.returncode == 0, done.stderr
     long, plain = (read(tmp_path / f"{name}.mp4").astype(float) for name in ("long", "plain"))
     assert long.shape == (93, 64, 64, 3)
@@ -141,7 +142,7 @@ def refused(causal, tmp_path_factory):
     for folder, (args, _) in zip(folders, BAD):
         args = [str(a).replace("CAUSAL", str(causal)).replace("OUT", str(folder)) for a in args]
         commands.append(["generate.py", *args, *([] if "--out" in args else ["--out", folder / "out"])])
-    return list(zip(run_each(commands), folders))
+    return [(run(*command), folder) for command, folder in zip(commands, folders)]
 
 
 @pytest.mark.parametrize("case", range(len(BAD)))

@@ -3,16 +3,14 @@ import json
 import math
 import os
 import random
-import signal
-import subprocess
-import sys
+import time
 import types
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, alone_and_under_torchrun, random_dit, random_latents, run, run_each, torchrun
+from conftest import ROOT, alone_and_under_torchrun, random_dit, random_latents, run, start, torchrun
 from safetensors.torch import load_file
 
 import distill_dmd
@@ -484,21 +482,15 @@ def test_two_ranks_with_half_the_batch_equal_one_process(stage, made, tmp_path):
     assert "timesteps 1000, 937.5, 833.333, 625" in one.stdout
 
 
-def start_and_kill(args, after):
+def start_and_kill(args, log, after):
     """Start a script, kill it with SIGKILL once it has printed `after` steps and a random moment has passed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen([sys.executable, "-u", *map(str, args)], cwd=ROOT, env=environment, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    seen = 0
-    for line in process.stdout:
-        seen += line.startswith("step")
-        if seen == after:
-            break
-    try:
-        process.wait(timeout=random.random() * 0.5)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
-    process.wait()
+    log.touch()
+    process = start(log, os.devnull, *args)
+    while process.is_alive() and sum(line.startswith("step") for line in log.read_text().splitlines()) < after:
+        time.sleep(0.01)
+    process.join(random.random() * 0.5)
+    process.kill()
+    process.join()
 
 
 @pytest.mark.parametrize("stage", ["distill_dmd", "ode_init", "reward_forcing", "cm_grpo"])
@@ -506,8 +498,8 @@ def test_killed_at_random_moments_and_resumed_gives_the_same_weights(stage, made
     args = [*command(stage, made), *SHORT, "--lr", 1e-4, "--steps", 5]
     with ThreadPoolExecutor() as side_by_side:
         whole = side_by_side.submit(run, *args, "--out", tmp_path / "whole")
-        for after in (1, 2, 1):
-            start_and_kill([*args, "--out", tmp_path / "killed", "--resume"], after)
+        for i, after in enumerate((1, 2, 1)):
+            start_and_kill([*args, "--out", tmp_path / "killed", "--resume"], tmp_path / f"log{i}", after)
         done = run(*args, "--out", tmp_path / "killed", "--resume")
     assert whole.result().returncode == done.returncode == 0, whole.result().stderr + done.stderr
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
@@ -566,10 +558,10 @@ def test_a_reward_of_ones_own_is_learned(made, tmp_path):
         "def broken(video, prompts):\n    calls.append(1)\n    r = video.mean(dim=(1, 2, 3, 4))\n"
         "    return r / 0 if len(calls) == 3 else r\n"
         "def wrong(video, prompts):\n    return video.mean()\n")
-    bright, broken, wrong = run_each((
-        ["reward_forcing.py", "--init", made / "ode.safetensors", *SHORT, "--lr", 1e-3, "--exit-step", "last",
-         "--reward", f"mine:{name}", "--steps", steps, "--out", tmp_path / name]
-        for name, steps in (("bright", 10), ("broken", 5), ("wrong", 5))), env={"PYTHONPATH": str(tmp_path)})
+    bright, broken, wrong = (
+        run("reward_forcing.py", "--init", made / "ode.safetensors", *SHORT, "--lr", 1e-3, "--exit-step", "last",
+            "--reward", f"mine:{name}", "--steps", steps, "--out", tmp_path / name, env={"PYTHONPATH": str(tmp_path)})
+        for name, steps in (("bright", 10), ("broken", 5), ("wrong", 5)))
     assert bright.returncode == 0, bright.stderr
     rewards = [m["reward"] for m in metrics(tmp_path / "bright")]
     assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.1
@@ -584,7 +576,7 @@ def test_frame_wise_and_first_steps_of_the_whole_path(tmp_path):
     flags = ["--batch", 2, "--frames", 9]
     train = [*flags, "--steps", 1, "--sample-every", 0]
     student, ode, reward = (tmp_path / name / "model.safetensors" for name in ("student", "ode", "reward"))
-    *stages, shown, streamed = run_each([
+    *stages, shown, streamed = (run(*command) for command in [
         ["distill_dmd.py", "--ratio", 1, *train, "--out", student.parent],
         ["ode_init.py", "sample", "--count", 2, "--steps", 4, *flags, "--out", tmp_path / "data"],
         ["ode_init.py", "train", "--data", tmp_path / "data", "--init", student, "--chunk", 1, *train,
@@ -655,7 +647,7 @@ def refused(made, tmp_path_factory):
         args = [a.format(**names) if isinstance(a, str) else a for a in args]
         args += [] if "--out" in args else ["--out", folder / str(i)]
         commands.append(args if "sample" in args else [*args, "--steps", 1])
-    return [(done, folder / str(i)) for i, done in enumerate(run_each(commands))]
+    return [(run(*command), folder / str(i)) for i, command in enumerate(commands)]
 
 
 @pytest.mark.parametrize("case", range(len(BAD)), ids=[words for _, words in BAD])
