@@ -64,8 +64,13 @@ def random_latents(*shape, seed=0):
 # A script that a test runs is a process of its own, forked from a server that has imported the packages once: a new
 # Python would take seconds for that each time.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["imageio", "torch._dynamo", "transformers.models.auto.tokenization_auto",
+SERVER.set_forkserver_preload(["imageio", "transformers.models.auto.tokenization_auto",
                                "transformers.models.blip.modeling_blip_text", "transformers.models.umt5.modeling_umt5"])
+
+
+def without_gpu(env):
+    """The environment of a script, with the variables `env` on top."""
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": "", **(env or {})}
 
 
 def be_script(args, environment, out, err):
@@ -81,10 +86,9 @@ def be_script(args, environment, out, err):
     runpy.run_path(args[0], run_name="__main__")
 
 
-def start(out, err, *args, env=None):
-    """Start a script, offline; returns the process."""
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **(env or {})}
-    process = SERVER.Process(target=be_script, args=([str(a) for a in args], environment, out, err))
+def start_script(out, err, *args, env=None):
+    """Start a script whose output goes to two files; returns the process."""
+    process = SERVER.Process(target=be_script, args=([str(a) for a in args], without_gpu(env), out, err))
     process.start()
     return process
 
@@ -93,7 +97,7 @@ def run(*args, env=None, timeout=600):
     """Run a script; returns the finished process as subprocess.run does."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        process = start(out, err, *args, env=env)
+        process = start_script(out, err, *args, env=env)
         process.join(timeout)
         if process.is_alive():
             process.kill()
@@ -104,7 +108,7 @@ def run(*args, env=None, timeout=600):
 def python(*args, env=None, timeout=600):
     """The same by a Python of its own."""
     return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, cwd=ROOT, timeout=timeout,
-                          env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **(env or {})})
+                          env=without_gpu(env))
 
 
 def torchrun(processes, *args, **kwargs):

@@ -13,7 +13,7 @@ import imageio
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run, start, torchrun
+from conftest import ROOT, run, start_script, torchrun
 from PIL import Image
 
 import eval_vbench as ev
@@ -558,7 +558,7 @@ def test_samples_are_those_of_generate(sampled, tmp_path):
 def test_killed_and_gone_on_with_under_two_ranks(sampled, tmp_path):
     """Killed without warning in the middle, then resumed by two processes: the same files as without."""
     args = ["eval_vbench.py", "sample", "--samples", 2, "--out", tmp_path, *FAST]
-    process = start(os.devnull, os.devnull, *args)
+    process = start_script(os.devnull, os.devnull, *args)
     deadline = time.time() + 300
     while len(list(tmp_path.glob("videos/[!.]*.mp4"))) < 1 and time.time() < deadline:
         time.sleep(0.02)

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, alone_and_under_torchrun, random_dit, random_latents, run, start, torchrun
+from conftest import ROOT, alone_and_under_torchrun, random_dit, random_latents, run, start_script, torchrun
 from safetensors.torch import load_file
 
 import distill_dmd
@@ -485,7 +485,7 @@ def test_two_ranks_with_half_the_batch_equal_one_process(stage, made, tmp_path):
 def start_and_kill(args, log, after):
     """Start a script, kill it with SIGKILL once it has printed `after` steps and a random moment has passed."""
     log.touch()
-    process = start(log, os.devnull, *args)
+    process = start_script(log, os.devnull, *args)
     while process.is_alive() and sum(line.startswith("step") for line in log.read_text().splitlines()) < after:
         time.sleep(0.01)
     process.join(random.random() * 0.5)
