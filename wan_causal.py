@@ -915,9 +915,16 @@ def to_frames(video):
 
 
 def compile_for_inference(model, vae):
-    """Compile the DiT's blocks around their attention, and the decoder's norms (a minute, once)."""
+    """Compile the DiT's blocks around their attention, and the decoder's norms (a minute, once). InputError if torch
+    cannot compile here."""
+    try:
+        torch.compile(torch.neg)(model.head.modulation)
+    except Exception as error:
+        raise InputError(f'torch cannot compile on this machine ({str(error).strip().splitlines()[0]}): install a C++ '
+                         'compiler, or leave --compile away') from error
+    torch._dynamo.config.recompile_limit = 64  # the decoder has 12 kinds of input; past the limit of 8 nothing compiles
     for block in model.blocks:
-        block.before, block.after = torch.compile(block.before), torch.compile(block.after)
+        block.before, block.after = (torch.compile(part, dynamic=False) for part in (block.before, block.after))
     for layer in vae.decoder.modules():
         if isinstance(layer, ChannelNorm):
             layer.compile(dynamic=True)

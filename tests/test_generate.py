@@ -2,7 +2,7 @@
 import imageio
 import numpy as np
 import pytest
-from conftest import ROOT, alone_and_under_torchrun, random_dit, run
+from conftest import ROOT, alone_and_under_torchrun, python, random_dit, run
 
 import wan_causal as wc
 
@@ -151,6 +151,12 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(refused, case):
     assert done.returncode == 2 and BAD[case][1] in done.stderr and "Traceback" not in done.stderr
     assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
     assert not [f for f in folder.rglob("*") if f.is_file()]
+
+
+def test_compiling_without_a_compiler_is_refused(tmp_path):
+    done = python("generate.py", PROMPT, "--compile", "--out", tmp_path / "x.mp4", env={"CXX": "no-such-compiler"})
+    assert done.returncode == 2 and "torch cannot compile on this machine (" in done.stderr
+    assert "Traceback" not in done.stderr and not any(tmp_path.iterdir())
 
 
 def test_help_needs_no_model():

@@ -472,6 +472,24 @@ def test_streamed_encode_equals_whole(vae):
     close(vae.encode(video), (mu - vae.mean) / vae.std)
 
 
+def test_compiled_rollout_and_decoder_equal_plain_ones():
+    """In all their shapes, none of which may be left uncompiled because there are too many."""
+    model = random_dit().requires_grad_(False)
+    torch.manual_seed(0)
+    vae = wc.WanVAE(dim=4).requires_grad_(False)  # with the levels and blocks of the real one
+
+    def video():
+        cache = {}
+        rolled = wc.rollout(model, random_latents(1, 16, 9, 4, 6), CONTEXT[:1], STEPS, [3, 3, 3],
+                            generator=torch.Generator().manual_seed(0))
+        return torch.cat([vae.decode(chunk.x0, cache) for chunk in rolled], dim=2)
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        plain = video()
+        wc.compile_for_inference(model, vae)
+        close(video(), plain, atol=1e-4)
+    torch._dynamo.reset()
+
+
 def test_decode_last_is_the_end_of_decode_and_keeps_one_frame_of_graph(vae):
     z = random_latents(1, 16, 4, 2, 3).requires_grad_()
     last = vae.decode_last(z)
