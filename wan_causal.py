@@ -606,7 +606,7 @@ class WanModel(nn.Module):
             if write:
                 texts = cache.cross = [block.cross_attn.keys_values(text) for block in self.blocks]
 
-        x = self.patch_embedding(x.to(dtype)).flatten(2).transpose(1, 2)  # (B, L, C)
+        x = self.patch_embedding(x.to(dtype)).flatten(2).transpose(1, 2).contiguous()  # (B, L, C)
         for i, block in enumerate(self.blocks):
             extend = None
             if write:
