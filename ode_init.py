@@ -192,7 +192,7 @@ def train(args, process):
     args.frames, args.height, args.width = (data.settings[key] for key in ('frames', 'height', 'width'))
     _, held_out = read_prompts(args)
     process.print(f'timesteps {format_steps(timesteps)}; chunks of {args.chunk} latent frames; {len(data)} of '
-                  f'{data.settings["count"]} trajectories')
+                  f'{data.settings["count"]} trajectories, of {args.frames} frames at {args.width}x{args.height}')
 
     # --- models
     folder = find_folder(args.model)

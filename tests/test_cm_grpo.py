@@ -194,8 +194,7 @@ def test_clip_rewards_are_clips_own_numbers(clip_folder):
         assert clip.images(torch.zeros(1, 3, 48, 80)).shape == (1, 12)
 
 
-TINY_RUN = ["--frames", 5, "--height", 32, "--width", 32, "--batch", 2, "--group", 2, "--prompts-per-step", 1,
-            "--steps", 1]
+TINY_RUN = ["--height", 32, "--width", 32, "--batch", 2, "--group", 2, "--prompts-per-step", 1, "--steps", 1]
 
 
 def test_other_settings_run_and_leave_a_generator(clip_folder, tmp_path):
