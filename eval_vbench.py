@@ -39,8 +39,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from wan_causal import (CLIP_MEAN, CLIP_STD, Help, InputError, find_file, model_defaults, processes, read_json,
-                        read_lines, read_weights, replace_file, run_script)
+from wan_causal import (CLIP_MEAN, CLIP_STD, Help, InputError, find_file, first_line, model_defaults, processes,
+                        read_json, read_lines, read_weights, replace_file, run_script)
 
 # ----------------------------------------------------------------------------------------------------------
 # Constants: VBench's scripts/constant.py, and the papers' tables
@@ -234,7 +234,7 @@ def pretrained(kind, name, device=None, **kwargs):
             return kind.from_pretrained(name)
         model, info = kind.from_pretrained(name, output_loading_info=True, dtype=torch.float32, **kwargs)
     except Exception as error:
-        raise InputError(f'cannot load {kind.__name__} from {name}: {str(error).strip().splitlines()[0]}') from error
+        raise InputError(f'cannot load {kind.__name__} from {name}: {first_line(error)}') from error
     if info['missing_keys']:
         raise InputError(f'{name} is no {kind.__name__}: {len(info["missing_keys"])} of its tensors are missing')
     return model.eval().requires_grad_(False).to(device)

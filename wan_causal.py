@@ -41,6 +41,11 @@ class InputError(ValueError):
     """Something the user gave cannot be used; the message is one sentence that says what, where and what to do."""
 
 
+def first_line(error):
+    """The first line of what an exception says, which a sentence can quote."""
+    return (str(error).strip() or 'no reason').splitlines()[0]
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Schedule: the only place where x0, v, eps and sigma are converted
 
@@ -920,8 +925,8 @@ def compile_for_inference(model, vae):
     try:
         torch.compile(torch.neg)(model.head.modulation)
     except Exception as error:
-        raise InputError(f'torch cannot compile on this machine ({str(error).strip().splitlines()[0]}): install a C++ '
-                         'compiler, or leave --compile away') from error
+        raise InputError(f'torch cannot compile on this machine ({first_line(error)}): install a C++ compiler, or leave '
+                         '--compile away') from error
     torch._dynamo.config.recompile_limit = 64  # the decoder has 12 kinds of input; past the limit of 8 nothing compiles
     for block in model.blocks:
         block.before, block.after = (torch.compile(part, dynamic=False) for part in (block.before, block.after))
@@ -1467,7 +1472,7 @@ def from_hub(what, download, *args, **kwargs):
         return Path(download(*args, **kwargs))
     except Exception as error:
         raise InputError(f'{what}, and the hub did not give it ({type(error).__name__}: '
-                         f'{str(error).splitlines()[0] if str(error) else "no reason"})') from error
+                         f'{first_line(error)})') from error
 
 
 def load_exactly(model, state, source):
@@ -1563,7 +1568,7 @@ def load_text_encoder(name, dtype=torch.float32, device='cpu', offload=False):
             return TextEncoder(encoder, AutoTokenizer.from_pretrained(folder / 'tokenizer'), device, offload)
         tokenizer = AutoTokenizer.from_pretrained(folder / 'google/umt5-xxl')
     except (OSError, ValueError) as error:
-        raise InputError(f'cannot load the text encoder of {folder}: {str(error).splitlines()[0]}') from error
+        raise InputError(f'cannot load the text encoder of {folder}: {first_line(error)}') from error
     state = {t5_key(key): value for key, value in read_weights(folder / file)[0].items()}
     attention = 'encoder.block.0.layer.0.SelfAttention.'
     (vocab, d_model), heads = state['shared.weight'].shape, state[attention + 'relative_attention_bias.weight'].shape[1]
@@ -1591,7 +1596,7 @@ def load_image_reward(name, device='cpu'):
     try:
         tokenizer = AutoTokenizer.from_pretrained(words)
     except (OSError, ValueError) as error:
-        raise InputError(f'cannot load the tokenizer {words} of ImageReward: {str(error).splitlines()[0]}') from error
+        raise InputError(f'cannot load the tokenizer {words} of ImageReward: {first_line(error)}') from error
     model = ImageReward(tokenizer, **json.loads(metadata.get('config', '{}')))
     names = {ImageReward.published_key(key): key for key in model.state_dict()}
     unused = ('blip.vision_proj.', 'blip.text_proj.', 'blip.text_encoder.embeddings.position_ids')

@@ -154,6 +154,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(refused, case):
 
 
 def test_compiling_without_a_compiler_is_refused(tmp_path):
+    # by a Python of its own: torch reads CXX when it is imported
     done = python("generate.py", PROMPT, "--compile", "--out", tmp_path / "x.mp4", env={"CXX": "no-such-compiler"})
     assert done.returncode == 2 and "torch cannot compile on this machine (" in done.stderr
     assert "Traceback" not in done.stderr and not any(tmp_path.iterdir())
