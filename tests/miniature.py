@@ -31,6 +31,8 @@ STAGES = {
     'student': ('distill_dmd.py', None, 1),
     'ode': ('ode_init.py train --data {data}', 'student', 1),
     'reward': ('reward_forcing.py', 'ode', 2),
+    'reward_50': ('reward_forcing.py --steps 50', 'ode', 2),  # the same run, stopped earlier
+    'reward_100': ('reward_forcing.py --steps 100', 'ode', 2),
     'reward_random': ('reward_forcing.py --reward-frames random', 'ode', 1),
     'reward_all': ('reward_forcing.py --reward-frames all --batch 2', 'ode', 1),  # 57 decoded frames each cost enough
     'raven': ('distill_dmd.py --student causal --history raven', 'ode', 2),
