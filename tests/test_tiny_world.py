@@ -158,6 +158,21 @@ def test_reward_is_good():
     assert right.float().mean() > 0.93
 
 
+def test_agreement_of_a_reward_with_the_measurement():
+    caption, random = "a red striped circle moving left on a navy background", torch.Generator().manual_seed(2)
+    clip = tw.render([caption], 17, generator=random)
+    clip[0, :, 4::4] = tw.degrade(clip[0, :, 4::4].transpose(0, 1), "warp", torch.linspace(0.2, 0.8, 4),
+                                  random).transpose(0, 1)  # frames 0, 4, 8, 12 and 16 are ever worse
+
+    def texture(frames, captions):
+        return torch.tensor([tw.measure_clip(f[:, None], 1)["texture_scores"]["striped"] for f in frames])
+    share, pairs = tw.agreement(texture, clip, [caption])
+    assert share == 1 and 5 <= pairs <= 10  # of the ten pairs some lie closer than the margin
+    assert tw.agreement(lambda *args: -texture(*args), clip, [caption]) == (0, pairs)
+    flat = clip[:, :, :1].expand_as(clip)
+    assert tw.agreement(texture, flat, [caption]) == (0, 0)  # frames that are alike are no pairs
+
+
 def test_rows_are_named_by_run_and_seed():
     assert tw.label("runs/raven-1/model.safetensors") == "raven-1"
     assert tw.label("runs/raven-1/model.safetensors", chunk=1) == "raven_chunk1-1"

@@ -896,6 +896,33 @@ def drift(out, checkpoints, results, count=40, seed=0):
         print(results_table({label(name): row}, DRIFT), flush=True)
 
 
+def agreement(score, video, captions, margin=0.15):
+    """How often a reward orders two frames of one clip as their measured texture does: (share, number of pairs).
+
+    score: images (B, 3, 64, 64), captions -> (B,). Of video (N, 3, T, 64, 64) the last frame of each latent frame
+    counts, and the pairs of them whose fit of the caption's texture differs by more than `margin`.
+    """
+    right = pairs = 0
+    for clip, caption in zip(video[:, :, ::4], captions):
+        frames = clip.transpose(0, 1)  # (F, 3, 64, 64)
+        fit = torch.tensor([measure_clip(f[:, None], 1)["texture_scores"][parse(caption)["texture"]] for f in frames])
+        with torch.no_grad():
+            reward = score(frames, [caption] * len(frames))
+        apart = fit[:, None] - fit > margin  # the first is the better one
+        right += int((reward[:, None] > reward)[apart].sum())
+        pairs += int(apart.sum())
+    return right / max(1, pairs), pairs
+
+
+def judge(out, checkpoints, count=100, seed=0):
+    """Print `agreement` of the reward model on each generator's clips of held-out captions."""
+    captions, reward = split()[1][:count], load_image_reward(out / "reward_model")
+    for name in checkpoints:
+        share, pairs = agreement(reward.score, sample(out, name, captions, seed), captions)
+        print(f"{label(name)}: the reward orders {100 * share:.1f} % of {pairs} pairs of frames as their texture does",
+              flush=True)
+
+
 def label(name, chunk=None):
     """A generator's name: the folder of its model.safetensors, i.e. its run, or its file's name. What ends in -1, -2,
     ... are seeds of the same. raven-1 with another chunk size than in training becomes raven_chunk1-1."""
@@ -907,6 +934,7 @@ def label(name, chunk=None):
 def add_result(file, name, row):
     """Add a row to a JSON file, to which other processes may add theirs at the same time."""
     import fcntl
+    file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "a+") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         f.seek(0)
@@ -1004,12 +1032,12 @@ def train(out, work, scale=1.0):
 
 def main():
     parser = argparse.ArgumentParser(description="The tiny world: train its models, or measure them.")
-    parser.add_argument("verb", choices=["train", "evaluate", "picture", "compare", "drift", "keep"])
+    parser.add_argument("verb", choices=["train", "evaluate", "picture", "compare", "drift", "judge", "keep"])
     parser.add_argument("generators", nargs="*", default=["teacher"],
-                        help="for compare, drift, picture: generators' files, or (not drift) `teacher`; for keep: a "
-                             "file and its name")
-    parser.add_argument("--count", type=int, help="for compare and drift: held-out captions (default: 200 and 40)")
-    parser.add_argument("--seed", type=int, default=0, help="for compare and drift: of the noise")
+                        help="for compare, drift, judge, picture: generators' files, or (not drift) `teacher`; for "
+                             "keep: a file and its name")
+    parser.add_argument("--count", type=int, help="held-out captions for compare (default: 200), judge (100) and drift (40)")
+    parser.add_argument("--seed", type=int, default=0, help="for compare, drift and judge: of the noise")
     parser.add_argument("--chunk", type=int, help="for compare: latent frames per chunk (default: as in training)")
     parser.add_argument("--to", type=Path, default=Path(__file__).parent / "frames.png",
                         help="for picture: the file, .png or .mp4")
@@ -1027,6 +1055,8 @@ def main():
         compare(args.out, args.generators, args.results or args.out, args.count or 200, args.seed, args.chunk)
     elif args.verb == "drift":
         drift(args.out, args.generators, args.results or args.out, args.count or 40, args.seed)
+    elif args.verb == "judge":
+        judge(args.out, args.generators, args.count or 100, args.seed)
     elif args.verb == "picture":
         picture(args.out, args.generators, args.to, args.captions)
     else:
