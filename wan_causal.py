@@ -925,8 +925,8 @@ def compile_for_inference(model, vae):
     try:
         torch.compile(torch.neg)(model.head.modulation)
     except Exception as error:
-        raise InputError(f'torch cannot compile on this machine ({first_line(error)}): install a C++ compiler, or leave '
-                         '--compile away') from error
+        raise InputError(f'torch cannot compile on this machine ({first_line(error)}): install a C++ compiler, or '
+                         'leave --compile away') from error
     torch._dynamo.config.recompile_limit = 64  # the decoder has 12 kinds of input; past the limit of 8 nothing compiles
     for block in model.blocks:
         block.before, block.after = (torch.compile(part, dynamic=False) for part in (block.before, block.after))

@@ -165,7 +165,7 @@ def test_agreement_of_a_reward_with_the_measurement():
                                   random).transpose(0, 1)  # frames 0, 4, 8, 12 and 16 are ever worse
 
     def texture(frames, captions):
-        return torch.tensor([tw.measure_clip(f[:, None], 1)["texture_scores"]["striped"] for f in frames])
+        return torch.tensor([seen["texture_scores"]["striped"] for seen in tw.measure(frames.unsqueeze(2))])
     share, pairs = tw.agreement(texture, clip, [caption])
     assert share == 1 and 5 <= pairs <= 10  # of the ten pairs some lie closer than the margin
     assert tw.agreement(lambda *args: -texture(*args), clip, [caption]) == (0, pairs)

@@ -904,8 +904,8 @@ def agreement(score, video, captions, margin=0.15):
     """
     right = pairs = 0
     for clip, caption in zip(video[:, :, ::4], captions):
-        frames = clip.transpose(0, 1)  # (F, 3, 64, 64)
-        fit = torch.tensor([measure_clip(f[:, None], 1)["texture_scores"][parse(caption)["texture"]] for f in frames])
+        frames, texture = clip.transpose(0, 1), parse(caption)["texture"]  # (F, 3, 64, 64)
+        fit = torch.tensor([seen["texture_scores"][texture] for seen in measure(frames.unsqueeze(2))])
         with torch.no_grad():
             reward = score(frames, [caption] * len(frames))
         apart = fit[:, None] - fit > margin  # the first is the better one
@@ -1036,7 +1036,8 @@ def main():
     parser.add_argument("generators", nargs="*", default=["teacher"],
                         help="for compare, drift, judge, picture: generators' files, or (not drift) `teacher`; for "
                              "keep: a file and its name")
-    parser.add_argument("--count", type=int, help="held-out captions for compare (default: 200), judge (100) and drift (40)")
+    parser.add_argument("--count", type=int,
+                        help="held-out captions for compare (default: 200), judge (100) and drift (40)")
     parser.add_argument("--seed", type=int, default=0, help="for compare, drift and judge: of the noise")
     parser.add_argument("--chunk", type=int, help="for compare: latent frames per chunk (default: as in training)")
     parser.add_argument("--to", type=Path, default=Path(__file__).parent / "frames.png",
