@@ -296,6 +296,10 @@ def parse_args(argv=None):
     if not args.init:
         raise InputError('no --init: CM-GRPO starts from a causal few-step generator, such as the result of '
                          'distill_dmd.py --history raven or of reward_forcing.py')
+    if args.accum != p.get_default('accum'):
+        raise InputError(f'--accum {args.accum} follows from --prompts-per-step, --group and --batch: change these')
+    if args.aesthetic_head and not any(item.partition('=')[0] == 'aesthetic' for item in args.rewards):
+        raise InputError('--aesthetic-head has no effect without aesthetic=WEIGHT among --rewards')
     if args.group < 2 or args.prompts_per_step < 1 or args.updates < 1 or args.lora_rank < 0:
         raise InputError(f'--group {args.group} must be at least 2, --prompts-per-step {args.prompts_per_step} and '
                          f'--updates {args.updates} at least 1, --lora-rank {args.lora_rank} at least 0')
@@ -344,6 +348,8 @@ def train(args, process):
         add_lora(net, args.lora_rank, args.lora_alpha, args.seed)
     generator = process.wrap(net)
     steps, chunk = saved_steps(metadata) or warped_steps(), args.chunk or int(metadata.get('chunk', 3))
+    if len(steps) < 2:
+        raise InputError(f'{args.init} samples in one step: CM-GRPO needs at least two, as the last one is not random')
     shape = latent_shape(args, net.config)
     chunks = chunk_sizes(shape[1], chunk)
     weights = chunk_weights(chunks, args.chunk_weight_shift).to(device)

@@ -49,9 +49,10 @@ from wan_causal import (EMA, NEGATIVE_PROMPT, Help, InputError, Run, Trajectorie
 
 # The settings of the papers, as far as they differ: the flags' defaults for each history.
 # Guidance in the usual formula: CausVid's 3.5 and Self Forcing's 3.0 multiply (cond - uncond) on top of cond.
-SELF_FORCING = dict(steps=600, accum=8, lr=2e-6, critic_lr=4e-7, beta1=0.0, weight_decay=0.01, grad_clip=10.0, ema=0.99,
-                    ema_start=200, ratio=5, guidance=4.0, shift=5.0, chunk_weight_shift=0.0)
-CAUSVID = {**SELF_FORCING, 'steps': 1000, 'critic_lr': 2e-6, 'beta1': 0.9, 'guidance': 4.5, 'shift': 8.0}
+# Steps in generator updates: the public 600, 1000 and 200 count critic updates, of which every fifth has one.
+SELF_FORCING = dict(steps=120, accum=8, lr=2e-6, critic_lr=4e-7, beta1=0.0, weight_decay=0.01, grad_clip=10.0, ema=0.99,
+                    ema_start=40, ratio=5, guidance=4.0, shift=5.0, chunk_weight_shift=0.0)
+CAUSVID = {**SELF_FORCING, 'steps': 200, 'critic_lr': 2e-6, 'beta1': 0.9, 'guidance': 4.5, 'shift': 8.0}
 SETTINGS = {
     'bidirectional': {**SELF_FORCING, 'guidance': 3.0},
     'diffusion-forcing': CAUSVID,
@@ -61,6 +62,7 @@ SETTINGS = {
               'ema_start': 0, 'ratio': 2, 'guidance': 3.0, 'chunk_weight_shift': -1.0,
               'negative': 'slow motion, time dilation, 高帧率，' + NEGATIVE_PROMPT},
 }
+WITH_DATA = ('diffusion-forcing', 'teacher-forcing')  # whose clean history comes from trajectories
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -218,6 +220,10 @@ def parse_args(argv=None):
     p.set_defaults(**SETTINGS[history])
     args = parse_stage(p, f'distill_dmd {asked.student}', argv)
     args.history = history
+    if history not in WITH_DATA and args.data != p.get_default('data'):
+        raise InputError(f'--data {args.data} has no effect: history {history} trains on the student\'s own rollouts')
+    if args.student == 'bidirectional' and args.chunk:
+        raise InputError(f'--chunk {args.chunk} needs --student causal: a bidirectional one makes all frames at once')
     if args.ratio < 1:
         raise InputError(f'--ratio {args.ratio} must be at least 1')
     if args.student == 'causal' and not args.init:
@@ -261,7 +267,9 @@ def train(args, process):
     rolled = latent_frames(args.rollout_frames or args.frames)
     chunks = chunk_sizes(rolled, chunk)
     weights = chunk_weights(chunk_sizes(F, chunk), args.chunk_weight_shift).to(device)
-    data = Trajectories(args.data) if args.history in ('diffusion-forcing', 'teacher-forcing') else None
+    data = Trajectories(args.data) if args.history in WITH_DATA else None
+    if data:
+        args.trajectories = len(data)  # a run is not resumed with more of them, which would change their order
     if data and tuple(data[0][0].shape[1:]) != shape:
         raise InputError(f'{args.data} holds latents {tuple(data[0][0].shape[1:])}, but the flags ask for {shape}')
     how = f'history {args.history}, chunks of {chunk} latent frames' if causal else 'all frames at once'

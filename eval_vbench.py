@@ -458,8 +458,8 @@ def score(args, process, entries, dimensions):
     here = [name for name in dimensions if name in NATIVE or name in TINY]
     jobs = videos_to_score(args, entries, here)
     if 'temporal_flickering' in here and not args.filtered:
-        process.print('temporal_flickering: all videos count; VBench\'s protocol counts the static ones alone, see '
-                      '--filtered')
+        process.print('temporal_flickering: the first of each prompt\'s videos count; VBench\'s protocol counts the '
+                      'static ones alone, see --filtered')
 
     # --- models
     tiny = any(name in TINY for name in here)

@@ -47,6 +47,7 @@ def parse_args(argv=None):
     g.add_argument('--model', default='tests/tiny', help='a folder or hub repository, Wan\'s or diffusers\' layout')
     g.add_argument('--checkpoint', dest='weights', metavar='FILE', help='generator weights: a file, or repository:path '
                    'on the hub (default: those that the model folder names, else the teacher is sampled)')
+    g.add_argument('--lora', metavar='FILE', help='a LoRA adapter for these weights, where it is not in their file')
     g.add_argument('--no-ema', action='store_true', help='take the weights that are not averaged, if the file has both')
     g = p.add_argument_group('causal sampling')
     g.add_argument('--timesteps', type=float, nargs='+', metavar='T',
@@ -74,6 +75,7 @@ def parse_args(argv=None):
     args.segment = p.get_default('frames')  # the model's own length
     args.weights = args.weights or (None if args.bidirectional else model_defaults(args.model).get('checkpoint'))
     args.bidirectional = args.bidirectional or args.weights is None
+    args.changed = [name for name, value in vars(args).items() if value != p.get_default(name)]
     check(args)
     return args
 
@@ -89,12 +91,26 @@ def check(args):
     if args.sink < 0 or (args.sink and args.window is None):
         raise InputError(f'--sink {args.sink} must not be negative, and needs a --window')
     if args.timesteps and (args.timesteps != sorted(set(args.timesteps), reverse=True)
-                           or args.timesteps[0] > 1000 or args.timesteps[-1] <= 0):
+                           or not all(0 < t <= 1000 for t in args.timesteps)):
         raise InputError(f'--timesteps {format_steps(args.timesteps)} must fall from at most 1000 to above 0')
     if args.bidirectional and (args.init or args.window or args.overlap):
         raise InputError('--init, --window and --overlap need a causal generator: give its weights with --checkpoint')
     if args.overlap and (args.init or args.window):
         raise InputError('--overlap goes with neither --init nor --window: it is another way to make long videos')
+    if args.sink >= latent_frames(args.frames):
+        raise InputError(f'--sink {args.sink} must be less than the {latent_frames(args.frames)} latent frames of '
+                         f'{args.frames} frames')
+    if args.bidirectional:
+        refuse_unused(args, ['chunk', 'first_chunk'], 'all frames are made at once')
+    if args.jobs:
+        refuse_unused(args, ['seed', 'out'], 'each line of --jobs has its own')
+
+
+def refuse_unused(args, names, why):
+    """A flag that was given, and would change nothing, is an InputError."""
+    for name in names:
+        if name in args.changed:
+            raise InputError(f'--{name.replace("_", "-")} {getattr(args, name)} has no effect here: {why}')
 
 
 def read_jobs(args):
@@ -115,6 +131,8 @@ def read_jobs(args):
         words = [re.sub(r'\W+', '_', prompt).strip('_')[:60] or 'video' for prompt in prompts]
         jobs = [(prompt, seed, Path(args.out) if args.out.endswith('.mp4') else Path(args.out) / f'{word}-{seed}.mp4')
                 for seed, (prompt, word) in enumerate(zip(prompts, words), args.seed)]
+    if any(abs(seed) >= 1 << 63 for _, seed, _ in jobs):
+        raise InputError('a seed must be a whole number of at most 63 bits')
     if not jobs or not all(prompt.strip() for prompt, *_ in jobs):
         raise InputError('empty prompt: give at least one prompt, as text or with --prompts FILE')
     for folder in {path.parent for *_, path in jobs}:
@@ -130,11 +148,12 @@ def read_frames(file, height, width):
     if not Path(file).is_file():
         raise InputError(f'no file {file} to start from')
     try:
-        frames = np.stack([frame[..., :3] for frame in imageio.v3.imiter(file)])  # (T, H, W, 3)
+        try:
+            frames = np.stack(list(imageio.v3.imiter(file, plugin='pillow', mode='RGB')))  # (T, H, W, 3)
+        except OSError:  # no image
+            frames = np.stack(list(imageio.v3.imiter(file)))
     except Exception as error:
         raise InputError(f'{file} cannot be read as an image or a video') from error
-    if frames.ndim != 4 or frames.shape[-1] != 3:
-        raise InputError(f'{file} holds no RGB picture: its shape is {frames.shape}')
     frames = torch.from_numpy(frames[(len(frames) - 1) % 4:]).permute(0, 3, 1, 2).float() / 127.5 - 1
     scale = max(height / frames.shape[2], width / frames.shape[3])
     size = [max(height, round(frames.shape[2] * scale)), max(width, round(frames.shape[3] * scale))]
@@ -274,6 +293,8 @@ def main():
         model = load_dit(folder, dtype, process.device).eval()
         metadata = load_checkpoint(model, args.weights, ema=not args.no_ema) if args.weights else {}
         require(metadata, args.weights, kind='bidirectional' if args.bidirectional else 'causal')
+        if args.lora:
+            load_checkpoint(model, args.lora)
         vae = load_vae(folder, dtype, process.device)
         text = load_text_encoder(folder, dtype, process.device, args.offload_text)
 
@@ -292,6 +313,9 @@ def main():
             raise InputError(f'--overlap {args.overlap} must be a multiple of the chunk of {args.chunk}, and less than '
                              f'the {latent_frames(args.segment)} latent frames of a segment')
         solver = args.bidirectional and not args.timesteps
+        if not solver:
+            refuse_unused(args, ['steps', 'solver', 'shift', 'guidance', 'negative'],
+                          f'a few-step generator is sampled at its timesteps, {format_steps(args.timesteps)}')
         negative = text([args.negative]) if solver and args.guidance != 1 else None
         if solver:
             process.print(f'{args.model} is sampled as the bidirectional teacher: {args.steps} {args.solver} steps, '

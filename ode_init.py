@@ -19,7 +19,7 @@ which solve at shift 8 and keep states at t = 1000, 960, 889, 727, while the stu
     python ode_init.py train --data runs/trajectories --init runs/student/model.safetensors --out runs/ode  # tiny, CPU
     torchrun --standalone --nproc_per_node 8 ode_init.py sample --model Wan-AI/Wan2.1-T2V-1.3B --out runs/trajectories
     torchrun --standalone --nproc_per_node 8 ode_init.py train --model Wan-AI/Wan2.1-T2V-1.3B \\
-        --data runs/trajectories --init runs/student/model.safetensors --accum 8 --out runs/ode
+        --data runs/trajectories --init runs/student/model.safetensors --out runs/ode
 """
 import argparse
 import json
@@ -86,7 +86,7 @@ def parse_args(argv=None):
     p.add_argument('verb', choices=['sample', 'train'], help='what to do; `ode_init.py VERB --help` shows its flags')
     verb = argv[0] if argv else None
     if verb == 'train':
-        training_flags(p, out='runs/ode', steps=3000, beta1=0.9, accum=8)
+        training_flags(p, out='runs/ode', steps=3000, beta1=0.9, accum=16)
         g = p.add_argument_group('regression')
         g.add_argument('--data', default='runs/trajectories', metavar='FOLDER', help='what `sample` wrote')
         g.add_argument('--init', metavar='FILE', help='few-step student to start from (default: --model)')
@@ -95,6 +95,8 @@ def parse_args(argv=None):
         p.add_argument('--model', default='tests/tiny', help='the teacher: a folder or hub repository')
         p.add_argument('--prompts', default='gdhe17/Self-Forcing:vidprom_filtered_extended.txt', metavar='FILE',
                        help='one per line, a file or repository:path on the hub; --count of them are drawn')
+        p.add_argument('--held-out', metavar='FILE',
+                       help='prompts that no stage trains on (default: the last 4 of --prompts)')
         p.add_argument('--count', type=int, default=1400, help='trajectories')
         p.add_argument('--frames', type=int, default=81, help='video frames, 1 + 4k')
         p.add_argument('--height', type=int, default=480, help='pixels, a multiple of 16')
@@ -190,6 +192,7 @@ def train(args, process):
     data = Trajectories(args.data)
     timesteps, shift = data.settings['timesteps'], data.settings['shift']
     args.frames, args.height, args.width = (data.settings[key] for key in ('frames', 'height', 'width'))
+    args.trajectories = len(data)  # a run is not resumed with more of them, which would change their order
     _, held_out = read_prompts(args)
     process.print(f'timesteps {format_steps(timesteps)}; chunks of {args.chunk} latent frames; {len(data)} of '
                   f'{data.settings["count"]} trajectories, of {args.frames} frames at {args.width}x{args.height}')

@@ -16,6 +16,7 @@ Latents are float32 everywhere; the networks convert to their own dtype and back
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import functools
 import html
 import importlib
@@ -23,6 +24,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -1655,7 +1657,7 @@ def load_checkpoint(model, name, ema=True):
     Accepted: flat or under generator_ema / generator / model / state_dict (the EMA is preferred, `ema=False` takes
     the other if it is there); FSDP, DDP, compile and PEFT prefixes; Wan's or diffusers' names; LoRA adapters, beside
     their base weights or alone (folded into the generator that their metadata name as `base`, else into the
-    weights that the model has).
+    weights that the model has; the `kind` returned then says that these were not in the file).
     """
     path = find_file(name)
     state, metadata = read_weights(path)
@@ -1671,10 +1673,15 @@ def load_checkpoint(model, name, ema=True):
             raise InputError(f'{path} is {what}, not generator weights')
     state = native_keys(state, model.state_dict())
     if any('.lora_' in key for key in state):
-        if 'base' in metadata and all('.lora_' in key for key in state):
-            load_checkpoint(model, metadata['base'])
+        if all('.lora_' in key for key in state):
+            if 'base' in metadata:
+                load_checkpoint(model, metadata['base'])
+            else:
+                metadata = {**metadata, 'kind': 'a LoRA adapter without its generator'}
         rank = next((v.shape[0] for k, v in state.items() if k.endswith('.lora_A.weight')), 1)
-        state = fold_lora(state, model.state_dict(), float(metadata.get('lora_alpha', rank)) / rank)
+        beside = path.parent / 'adapter_config.json'  # PEFT's
+        alpha = (read_json(beside) if beside.is_file() else {}).get('lora_alpha', rank)
+        state = fold_lora(state, model.state_dict(), float(metadata.get('lora_alpha', alpha)) / rank)
     old = model.patch_embedding.weight
     load_exactly(model, state, path).to(old.device, old.dtype)
     return metadata
@@ -1809,6 +1816,9 @@ class Process:
             torch.distributed.barrier()
 
 
+PATIENCE = datetime.timedelta(days=1)  # of a process that waits for others, who may have a long file to write
+
+
 @contextlib.contextmanager
 def processes(device=None):
     """`with processes() as process:` joins torchrun's process group (NCCL on CUDA, gloo on CPU) and leaves it.
@@ -1825,6 +1835,8 @@ def processes(device=None):
         device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     except RuntimeError as error:
         raise InputError(f'unknown device {device!r}: use cpu or cuda') from error
+    if device.type not in ('cpu', 'cuda'):
+        raise InputError(f'device {device}: nothing here has been tried on it; use cpu or cuda')
     if device.type == 'cuda':
         if not torch.cuda.is_available():
             raise InputError('no CUDA device is available here: use --device cpu')
@@ -1834,7 +1846,7 @@ def processes(device=None):
         # Before the group exists: imported later, as DDP does, its functions' defaults would hold the group, whose
         # threads would then outlive it and could abort the interpreter's exit.
         importlib.import_module('torch.distributed.nn')
-        torch.distributed.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        torch.distributed.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=PATIENCE)
     try:
         yield Process(rank, world, device)
     finally:
@@ -1901,6 +1913,8 @@ def training_flags(p, **paper):
     g.add_argument('--out', help='the run\'s folder')
     g.add_argument('--resume', action='store_true', help='go on with the run that --out holds, if any')
     g.add_argument('--save-every', type=int, default=50, help='steps between states to resume from')
+    g.add_argument('--keep-every', type=int, default=0, metavar='N',
+                   help='steps between results kept as model_<step>.safetensors, 0: none; a multiple of --save-every')
     g.add_argument('--sample-every', type=int, default=50, help='steps between sample videos, 0: none')
     machine_flags(g)
     g.add_argument('--checkpointing', action=argparse.BooleanOptionalAction, default=True,
@@ -1936,9 +1950,12 @@ def parse_stage(p, stage, argv=None):
         raise InputError(f'--frames {args.frames} is not 1 + 4k: take {near} or {near + 4}')
     if args.height < 16 or args.width < 16 or args.height % 16 or args.width % 16:
         raise InputError(f'{args.width}x{args.height} pixels: width and height must be positive multiples of 16')
-    for name, low in (('steps', 1), ('batch', 1), ('accum', 1), ('save_every', 1), ('sample_every', 0), ('chunk', 1)):
+    for name, low in (('steps', 1), ('batch', 1), ('accum', 1), ('save_every', 1), ('keep_every', 0),
+                      ('sample_every', 0), ('chunk', 1)):
         if (value := getattr(args, name, None)) is not None and value < low:
             raise InputError(f'--{name.replace("_", "-")} {value} must be at least {low}')
+    if (keep := getattr(args, 'keep_every', 0)) and keep % args.save_every:
+        raise InputError(f'--keep-every {keep} must be a multiple of --save-every {args.save_every}')
     if stage != 'generate' and not 0 <= args.seed < 1 << 24:  # see `sample_generators`
         raise InputError(f'--seed {args.seed} must be from 0 to {(1 << 24) - 1}')
     if (shift := getattr(args, 'shift', None)) is not None and shift <= 0:
@@ -1971,15 +1988,13 @@ def read_lines(path, aligned=False):
 
 
 def read_prompts(args):
-    """(training prompts, held-out prompts) as --prompts and --held-out say; without the latter flag all train."""
+    """(training prompts, held-out prompts) as --prompts and --held-out say."""
     def lines(name):
         prompts = read_lines(find_file(name))
         if not prompts:
             raise InputError(f'the prompts file {name} is empty: it must hold one prompt per line')
         return prompts
     prompts = lines(args.prompts)
-    if not hasattr(args, 'held_out'):
-        return prompts, []
     return (prompts, lines(args.held_out)) if args.held_out else (prompts[:-4] or prompts, prompts[-4:])
 
 
@@ -2054,13 +2069,14 @@ class EMA:
 
 
 class Run:
-    """What a training run keeps in its folder: state.pt to resume from, metrics.jsonl, samples/, and the result.
+    """What a training run keeps in its folder: state.pt to resume from, metrics.jsonl, samples/, and the result, with
+    --keep-every also as it was at earlier steps.
 
     parts: name -> anything with state_dict and load_state_dict (models, optimizers, averages). Nothing random needs
     to be kept, as every generator is seeded by the run's seed and a sample's number or the step.
     """
-    MAY_CHANGE = ('steps', 'batch', 'accum', 'out', 'resume', 'save_every', 'sample_every', 'device', 'checkpointing',
-                  'offload_text', 'motion_alarm')
+    MAY_CHANGE = ('steps', 'batch', 'accum', 'out', 'resume', 'save_every', 'keep_every', 'sample_every', 'device',
+                  'checkpointing', 'offload_text', 'motion_alarm')
 
     def __init__(self, stage, args, process, **parts):
         self.args, self.process, self.parts, self.folder = args, process, parts, Path(args.out)
@@ -2120,7 +2136,7 @@ class Run:
                    'peak_gib': peak_memory(self.process.device)}
         if self.process.rank == 0:
             with open(self.log, 'a') as file:
-                file.write(json.dumps({k: round(v, 6) for k, v in metrics.items()}) + '\n')
+                file.write(json.dumps({k: float(f'{v:.6g}') for k, v in metrics.items()}) + '\n')
             text = '  '.join(f'{k} {v:<9.4g}' for k, v in metrics.items() if k != 'step')
             tqdm.write(f'step {self.step:>6}  {text}', file=sys.stdout)
             sys.stdout.flush()
@@ -2135,6 +2151,9 @@ class Run:
         if self.process.rank == 0:
             save_checkpoint(self.folder / 'model.safetensors', result, stage=self.settings['stage'], step=self.step,
                             timesteps=format_steps(timesteps, 10), **metadata)
+            if self.args.keep_every and self.step % self.args.keep_every == 0:
+                kept = self.folder / f'model_{self.step:06d}.safetensors'
+                replace_file(kept, lambda path: shutil.copyfile(self.folder / 'model.safetensors', path))
             content = {'step': self.step, 'settings': self.settings,
                        'parts': {name: part.state_dict() for name, part in self.parts.items()}}
             replace_file(self.state, lambda path: torch.save(content, path))

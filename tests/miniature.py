@@ -30,9 +30,7 @@ import tiny_world  # noqa: E402
 STAGES = {
     'student': ('distill_dmd.py', None, 1),
     'ode': ('ode_init.py train --data {data}', 'student', 1),
-    'reward': ('reward_forcing.py', 'ode', 2),
-    'reward_50': ('reward_forcing.py --steps 50', 'ode', 2),  # the same run, stopped earlier
-    'reward_100': ('reward_forcing.py --steps 100', 'ode', 2),
+    'reward': ('reward_forcing.py --keep-every 50', 'ode', 2),
     'reward_random': ('reward_forcing.py --reward-frames random', 'ode', 1),
     'reward_all': ('reward_forcing.py --reward-frames all --batch 2', 'ode', 1),  # 57 decoded frames each cost enough
     'raven': ('distill_dmd.py --student causal --history raven', 'ode', 2),
@@ -46,6 +44,7 @@ STAGES = {
     'reward_em': ('cm_grpo.py --policy em', 'reward', 1),
 }
 ONCE = ('student', 'ode')  # whatever --seeds says: all others start from them
+KEPT = {'reward': (50, 100)}  # are also measured as they were after these steps
 FRAME_WISE = ('raven', 'reward')  # are also measured with chunks of one latent frame, as CM-GRPO trains them here
 LONG = ('ode', 'reward', 'raven', 'self_forcing', 'causvid', 'teacher_forcing', 'raven_uniform', 'distill_reward')
 # LONG are also measured over rollouts three times as long as in training.
@@ -146,6 +145,10 @@ def plan(runs, names, fast, seeds):
             jobs[out.name] = (command, needs + (['trajectories'] if '{data}' in line else []))
             file = str(out / 'model.safetensors')
             jobs[f'{out.name} compare'] = (['tests/tiny_world.py', 'compare', file, *measured], [out.name])
+            for step in () if fast else KEPT.get(name, ()):
+                early = str(out / f'model_{step:06d}.safetensors')
+                jobs[f'{out.name} step {step} compare'] = (
+                    ['tests/tiny_world.py', 'compare', early, *measured], [out.name])
             if name in FRAME_WISE:
                 jobs[f'{out.name} chunk 1 compare'] = (
                     ['tests/tiny_world.py', 'compare', file, '--chunk', '1', *measured], [out.name])

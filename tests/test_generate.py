@@ -2,8 +2,10 @@
 import imageio
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, alone_and_under_torchrun, python, random_dit, run
 
+import generate
 import wan_causal as wc
 
 PROMPT = "a red striped circle moving left on a navy background"
@@ -79,6 +81,36 @@ def test_goes_on_from_a_video_and_from_an_image(tmp_path, causal):
         assert np.corrcoef(columns, np.arange(64))[0, 1] > 0.9
 
 
+def test_pictures_of_every_kind_to_start_from(tmp_path):
+    from PIL import Image
+    gray = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1))
+    image = Image.fromarray(gray)
+    for mode in ("L", "LA", "RGB", "RGBA", "P"):
+        image.convert(mode).save(tmp_path / f"{mode}.png")
+    image.save(tmp_path / "gray.jpg", quality=100)
+    expected = torch.from_numpy(gray).float().expand(3, -1, -1) / 127.5 - 1
+    for file in sorted(tmp_path.iterdir()):
+        frames = generate.read_frames(file, 64, 64)
+        assert frames.shape == (1, 3, 1, 64, 64)
+        assert (frames[0, :, 0] - expected).abs().max() < 0.02, file
+
+
+def test_a_lora_adapter_on_top_of_a_generator(tmp_path, causal):
+    state, random = dict(wc.read_weights(causal)[0]), torch.Generator().manual_seed(3)
+    A, B = torch.randn(4, 128, generator=random), torch.randn(128, 4, generator=random) / 20
+    wc.save_checkpoint(tmp_path / "lora.safetensors", {"base_model.model.blocks.1.self_attn.v.lora_A.weight": A,
+                                                       "base_model.model.blocks.1.self_attn.v.lora_B.weight": B})
+    state["blocks.1.self_attn.v.weight"] = state["blocks.1.self_attn.v.weight"] + B @ A
+    wc.save_checkpoint(tmp_path / "folded.safetensors", state, kind="causal", chunk=3,
+                       timesteps="1000,937.5,833.333,625")
+    for name, flags in (("plain", ["--checkpoint", causal]), ("folded", ["--checkpoint", tmp_path / "folded.safetensors"]),
+                        ("lora", ["--checkpoint", causal, "--lora", tmp_path / "lora.safetensors"])):
+        done = run("generate.py", PROMPT, *flags, "--frames", 9, "--out", tmp_path / f"{name}.mp4")
+        assert done.returncode == 0, done.stderr
+    plain, folded, lora = (read(tmp_path / f"{name}.mp4") for name in ("plain", "folded", "lora"))
+    assert (folded == lora).all() and (plain != lora).any()
+
+
 def test_overlapping_rollouts_of_any_length(tmp_path, causal):
     """57-frame segments that give up 9 frames each: 48 of the first, and the last one's 45 make 93."""
     flags = {"long": ["--frames", 93, "--overlap", 3], "plain": ["--frames", 57]}
@@ -130,6 +162,13 @@ BAD = [
     ([PROMPT, "--out", "README.md/x.mp4"], "cannot write"),
     ([PROMPT, "--device", "cuda"], "no CUDA device"),
     ([PROMPT, "--device", "abacus"], "unknown device"),
+    ([PROMPT, "--device", "meta"], "nothing here has been tried on it; use cpu or cuda"),
+    ([PROMPT, "--checkpoint", "CAUSAL", "--guidance", 7], "--guidance 7.0 has no effect here: a few-step generator is"),
+    ([PROMPT, "--bidirectional", "--chunk", 5], "--chunk 5 has no effect here: all frames are made at once"),
+    (["--jobs", "jobs.jsonl", "--seed", 5], "--seed 5 has no effect here: each line of --jobs has its own"),
+    ([PROMPT, "--seed", 1 << 63], "a seed must be a whole number of at most 63 bits"),
+    ([PROMPT, "--timesteps", "nan"], "--timesteps nan must fall"),
+    ([PROMPT, "--frames", 21, "--window", 12, "--sink", 6, "--checkpoint", "CAUSAL"], "--sink 6 must be less than the 6"),
     ([PROMPT, "--frames", 4097, "--checkpoint", "CAUSAL"], "past the RoPE table"),
 ]
 
@@ -141,7 +180,7 @@ def refused(causal, tmp_path_factory):
     commands = []
     for folder, (args, _) in zip(folders, BAD):
         args = [str(a).replace("CAUSAL", str(causal)).replace("OUT", str(folder)) for a in args]
-        commands.append(["generate.py", *args, *([] if "--out" in args else ["--out", folder / "out"])])
+        commands.append(["generate.py", *args, *([] if {"--out", "--jobs"} & {*args} else ["--out", folder / "out"])])
     return [(run(*command), folder) for command, folder in zip(commands, folders)]
 
 

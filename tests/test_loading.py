@@ -104,6 +104,20 @@ def test_lora_adapter_is_folded_into_the_base(tmp_path, wrap, default):
         torch.testing.assert_close(value, folded[key], atol=1e-5, rtol=1e-5)
 
 
+def test_a_lora_adapter_alone_is_no_generator_and_peft_tells_its_alpha(tmp_path):
+    state = state_of()
+    pairs, folded = lora_pairs(state, LORA_MODULES)
+    save_file({f"base_model.model.{m}.lora_{side}.weight": x for m, pair in pairs.items() for side, x in zip("AB", pair)},
+              tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 12}')
+    model = random_dit(0)
+    metadata = wc.load_checkpoint(model, tmp_path / "adapter_model.safetensors")
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, state[key] + 3 * (folded[key] - state[key]), atol=1e-5, rtol=1e-5)
+    with pytest.raises(wc.InputError, match="kind = a LoRA adapter without its generator, but kind = causal is needed"):
+        wc.require(metadata, "adapter", kind="causal")
+
+
 def test_full_peft_state_dict(tmp_path):
     """Base weights under .base_layer beside their LoRA pairs (RAVEN's cmgrpo_raven_full.pt)."""
     state = state_of()

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import random
+import shutil
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -267,8 +268,8 @@ def test_the_papers_settings_are_the_defaults_of_their_history():
     raven, own, data = (defaults(*causal, history) for history in ("raven", "self-forcing", "diffusion-forcing"))
     assert (raven.ratio, raven.lr, raven.critic_lr, raven.ema, raven.guidance, raven.steps, raven.accum) == \
         (2, 2e-6, 4e-7, 0.9675, 3.0, 300, 4) and raven.chunk_weight_shift == -1
-    assert (own.ratio, own.guidance, own.ema, own.ema_start, own.beta1) == (5, 4, 0.99, 200, 0)
-    assert own.chunk_weight_shift == 0
+    assert (own.ratio, own.guidance, own.ema, own.ema_start, own.beta1) == (5, 4, 0.99, 40, 0)
+    assert own.chunk_weight_shift == 0 and (own.steps, data.steps) == (120, 200)  # 600 and 1000 critic updates
     assert (data.ratio, data.guidance, data.shift, data.critic_lr, data.beta1) == (5, 4.5, 8.0, 2e-6, 0.9)
     assert defaults().history == "bidirectional"
     assert defaults("--student", "causal", "--init", "x").history == "self-forcing"
@@ -438,7 +439,8 @@ def command(stage, made):
             "ode_init": ["ode_init.py", "train", "--data", made / "trajectories",
                          "--init", made / "student.safetensors"],
             **{history: ["distill_dmd.py", "--student", "causal", "--history", history, "--ratio", 2,
-                         "--init", made / "ode.safetensors", "--data", made / "trajectories"]
+                         "--init", made / "ode.safetensors",
+                         *(["--data", made / "trajectories"] if history in distill_dmd.WITH_DATA else [])]
                for history in list(distill_dmd.SETTINGS)[1:]},
             "cm_grpo": ["cm_grpo.py", "--init", made / "ode.safetensors", "--group", 2, "--prompts-per-step", 2,
                         "--lora-rank", 4, "--rewards", "imagereward=1", "motion=0.5"],
@@ -495,15 +497,20 @@ def start_and_kill(args, log, after):
 
 @pytest.mark.parametrize("stage", ["distill_dmd", "ode_init", "reward_forcing", "cm_grpo"])
 def test_killed_at_random_moments_and_resumed_gives_the_same_weights(stage, made, tmp_path):
-    args = [*command(stage, made), *SHORT, "--lr", 1e-4, "--steps", 5]
+    args = [*command(stage, made), *SHORT, "--lr", 1e-4, "--steps", 5, "--keep-every", 2]
     with ThreadPoolExecutor() as side_by_side:
         whole = side_by_side.submit(run, *args, "--out", tmp_path / "whole")
         for i, after in enumerate((1, 2, 1)):
             start_and_kill([*args, "--out", tmp_path / "killed", "--resume"], tmp_path / f"log{i}", after)
         done = run(*args, "--out", tmp_path / "killed", "--resume")
     assert whole.result().returncode == done.returncode == 0, whole.result().stderr + done.stderr
-    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    names = ["model.safetensors", "model_000002.safetensors", "model_000004.safetensors"]
+    for folder in (tmp_path / "whole", tmp_path / "killed"):
+        assert sorted(f.name for f in folder.glob("*model*")) == names
+        assert [wc.read_weights(folder / name)[1]["step"] for name in names] == ["5", "2", "4"]
+    for name in names:
+        a, b = (load_file(tmp_path / run / name) for run in ("whole", "killed"))
+        assert all(torch.equal(a[k], b[k]) for k in a)
     logs = [[{k: v for k, v in m.items() if k not in ("seconds", "peak_gib")} for m in metrics(tmp_path / name)]
             for name in ("whole", "killed")]
     assert logs[0] == logs[1] and [m["step"] for m in logs[0]] == [1, 2, 3, 4, 5]
@@ -518,6 +525,15 @@ def test_the_result_is_written_before_the_state(tmp_path):
         with pytest.raises(wc.InputError, match="cannot write .*state.pt"):
             training.save({"x": torch.ones(1)}, [1000.0], kind="causal")
     assert load_file(tmp_path / "run/model.safetensors")["x"] == 1
+
+
+def test_a_run_is_not_resumed_with_other_trajectories(made, tmp_path):
+    args = [*command("ode_init", made), *SHORT, "--out", tmp_path / "run", "--data", tmp_path / "data"]
+    shutil.copytree(made / "trajectories", tmp_path / "data")
+    assert run(*args, "--steps", 1).returncode == 0
+    (tmp_path / "data/trajectories_000004.safetensors").unlink()
+    done = run(*args, "--steps", 2, "--resume")
+    assert done.returncode == 2 and "was begun with trajectories = 6, not 4" in done.stderr
 
 
 def test_sampling_is_resumed_without_a_lost_or_doubled_trajectory(made, tmp_path):
@@ -614,7 +630,14 @@ BAD = [
     (["distill_dmd.py", "--frames", 12], "--frames 12 is not 1 + 4k: take 13"),
     (["distill_dmd.py", "--height", 60], "must be positive multiples of 16"),
     (["distill_dmd.py", "--batch", 0], "--batch 0 must be at least 1"),
+    (["ode_init.py", "train", "--keep-every", 75], "--keep-every 75 must be a multiple of --save-every 50"),
     (["distill_dmd.py", "--prompts", "{empty}/none.txt"], "none.txt"),
+    (["distill_dmd.py", "--chunk", 1], "--chunk 1 needs --student causal"),
+    (["distill_dmd.py", "--data", "{data}"], "has no effect: history bidirectional trains on the student's own"),
+    (["cm_grpo.py", "--init", "{ode}", "--accum", 3], "--accum 3 follows from --prompts-per-step, --group and --batch"),
+    (["cm_grpo.py", "--init", "{ode}", "--aesthetic-head", "x.pth"], "no effect without aesthetic=WEIGHT among"),
+    (["cm_grpo.py", "--init", "{one_step}"], "samples in one step: CM-GRPO needs at least two"),
+    (["cm_grpo.py", "--init", "{adapter}"], "with kind = a LoRA adapter without its generator, but kind = causal is"),
     (["distill_dmd.py", "--out", "{run}"], "already holds a run: go on with --resume"),
     (["distill_dmd.py", "--out", "{run}", "--resume"], "was begun with"),
     (["ode_init.py", "train", "--data", "{empty}"], "holds no trajectories: make them with ode_init.py sample"),
@@ -639,7 +662,10 @@ def refused(made, tmp_path_factory):
     torch.save({"step": 1, "settings": {"stage": "distill_dmd"}, "parts": {}}, folder / "run/state.pt")
     wc.save_checkpoint(folder / "other.safetensors", wc.load_dit(TINY).state_dict(), kind="bidirectional",
                        timesteps="1000,900")
-    names = {"other": folder / "other.safetensors", "student": made / "student.safetensors",
+    wc.save_checkpoint(folder / "one_step.safetensors", wc.load_dit(TINY).state_dict(), kind="causal", timesteps="1000")
+    wc.save_checkpoint(folder / "adapter.safetensors", {f"blocks.0.ffn.0.lora_{side}.weight": torch.zeros(shape) for
+                                                        side, shape in (("A", (2, 128)), ("B", (512, 2)))})
+    names = {**{name: folder / f"{name}.safetensors" for name in ("other", "one_step", "adapter")}, "student": made / "student.safetensors",
              "ode": made / "ode.safetensors", "data": made / "trajectories",
              **{name: folder / name for name in ("empty", "damaged", "run")}}
     commands = []

@@ -176,6 +176,8 @@ def test_agreement_of_a_reward_with_the_measurement():
 def test_rows_are_named_by_run_and_seed():
     assert tw.label("runs/raven-1/model.safetensors") == "raven-1"
     assert tw.label("runs/raven-1/model.safetensors", chunk=1) == "raven_chunk1-1"
+    assert tw.label("runs/raven-1/model_000050.safetensors") == "raven_50-1"
+    assert tw.label("runs/raven-1/model_000050.safetensors", chunk=1) == "raven_50_chunk1-1"
     assert tw.label("tests/tiny/raven.safetensors", chunk=1) == "raven_chunk1"
     rows = {"raven-0": {"path": 1}, "raven_chunk1-0": {"path": 2}, "raven-1": {"path": 3}}
     assert tw.by_run(rows) == {"raven": [{"path": 1}, {"path": 3}], "raven_chunk1": [{"path": 2}]}

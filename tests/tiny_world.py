@@ -925,10 +925,12 @@ def judge(out, checkpoints, count=100, seed=0):
 
 def label(name, chunk=None):
     """A generator's name: the folder of its model.safetensors, i.e. its run, or its file's name. What ends in -1, -2,
-    ... are seeds of the same. raven-1 with another chunk size than in training becomes raven_chunk1-1."""
+    ... are seeds of the same. raven-1's model_000050.safetensors, of step 50, is raven_50-1; with another chunk size
+    than in training it is raven_50_chunk1-1."""
     path = Path(name)
-    name = path.parent.name if path.name == "model.safetensors" else path.stem
-    return re.sub(r"(-\d+)?$", rf"_chunk{chunk}\1", name, count=1) if chunk else name
+    of_run = re.fullmatch(r"model(_\d+)?", path.stem)
+    marks = (f"_{int(of_run[1][1:])}" if of_run and of_run[1] else "") + (f"_chunk{chunk}" if chunk else "")
+    return re.sub(r"(-\d+)?$", rf"{marks}\1", path.parent.name if of_run else path.stem, count=1)
 
 
 def add_result(file, name, row):
