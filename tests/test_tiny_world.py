@@ -115,6 +115,36 @@ def test_degrading(kind):
     assert distance[0] < 1e-3 < distance[1] < distance[2]
 
 
+def test_quality_of_frames():
+    caption, random = "a red striped circle moving left on a navy background", torch.Generator().manual_seed(2)
+    frames = tw.render([caption] * 3, 1, generator=random)[:, :, 0]
+    good, *worse = tw.quality(torch.cat([frames[:1], tw.degrade(frames[:1].expand(2, -1, -1, -1), "warp",
+                                                                torch.tensor([0.4, 1.0]), random)]), caption).tolist()
+    assert 1.9 < good <= 2 and good > worse[0] > worse[1] >= 0
+    assert tw.quality(frames, caption.replace("red", "blue")).tolist() == [-1] * 3
+    assert tw.quality(frames, caption.replace("navy", "gray")).tolist() == [-1] * 3
+    assert tw.quality(frames, caption.replace("circle", "square")).max() <= 1  # the texture alone
+    assert tw.quality(frames, caption.replace("striped", "dotted")).max() < good - 0.2  # they look alike by half
+
+
+def test_pairs_of_generated_frames():
+    """Frames of one caption, ordered by their quality, each somewhere else on the torus."""
+    scores = torch.tensor([[0.1, 0.25, 1.0], [0.5, 0.5, 0.6]])  # no pair of the second is apart by 0.2
+    frames = torch.zeros(2, 3, 3, 64, 64, dtype=torch.uint8)
+    frames[:, :, 0] = (scores * 200).round().to(torch.uint8)[:, :, None, None]
+    frames[:, :, 1, 0, 0] = 255  # a mark
+    random = torch.Generator().manual_seed(0)
+    better, worse, same = tw.generated_pairs(frames, scores, ["one", "two"], 50, random)
+    assert same == ["one"] * 50 and better.shape == worse.shape == (50, 3, 64, 64)
+    high, low = ((x[:, 0, 0, 0] + 1) * 127.5 / 200 for x in (better, worse))
+    assert torch.allclose(high, torch.ones(50), atol=1e-4)
+    assert {round(v, 2) for v in low.tolist()} == {0.1, 0.25}
+    assert torch.equal((better[:, 1] > 0).sum((1, 2)), torch.ones(50, dtype=torch.long))
+    assert len({int(x[1].argmax()) for x in torch.cat([better, worse])}) > 90  # of 4096 places
+    nothing = tw.generated_pairs(frames, torch.ones(2, 3), ["one", "two"], 50, random)
+    assert nothing[0].shape == nothing[1].shape == (0, 3, 64, 64) and nothing[2] == []
+
+
 # ---------------------------------------------------------------------------------------- committed models
 
 @pytest.fixture(scope="module")
@@ -155,7 +185,12 @@ def test_reward_is_good():
     with torch.no_grad():
         pairs = [tw.preference_pairs(tw.split()[1], 64, random) for _ in range(4)]
         right = torch.cat([reward.score(a, good) > reward.score(b, bad) for a, good, b, bad, _ in pairs])
-    assert right.float().mean() > 0.93
+        captions = tw.random_captions(tw.split()[1], 8)
+        better, worse, same = tw.generated_pairs(*tw.candidates(TINY, captions), captions, 256, random)
+        chosen = reward.score(better, same) > reward.score(worse, same)
+    assert right.float().mean() > 0.95 and chosen.float().mean() > 0.65
+    measured = json.loads((TINY / "measured.json").read_text())["reward"]
+    assert min(measured["sharp"], measured["true"]) >= 0.95 and measured["generated"] >= 0.75
 
 
 def test_agreement_of_a_reward_with_the_measurement():
@@ -187,7 +222,8 @@ def test_measured_figures_are_those_of_the_readme():
     measured = json.loads((TINY / "measured.json").read_text())
     readme = (ROOT / "README.md").read_text()
     for figure in (f"{measured['vae']['psnr']:.1f} dB", f"{100 * measured['teacher']['texture']:.1f} %",
-                   f"{measured['teacher']['texture_correlation']:.2f}"):
+                   f"{measured['teacher']['texture_correlation']:.2f}",
+                   *(f"{100 * share:.1f} %" for share in measured["reward"].values())):
         assert figure in readme
     assert tw.results_table(json.loads((TINY / "results.json").read_text())) in readme
     assert tw.results_table(json.loads((TINY / "drift.json").read_text()), tw.DRIFT) in readme

@@ -699,8 +699,42 @@ def preference_pairs(captions, count, random):
     return better, chosen, worse, worse_captions, sharp
 
 
-def train_reward(folder, steps):
-    """A small ImageReward on preference pairs: (model, share of held-out pairs in the right order by kind)."""
+def quality(frames, caption):
+    """How good frames (F, 3, 64, 64) are as pictures of a caption (F,): the fit of its texture plus the overlap with
+    its shape, and -1 for a wrong colour or background."""
+    words, scores = parse(caption), []
+    for seen in measure(frames.unsqueeze(2)):
+        right = seen["colour"] == words["colour"] and seen["background"] == words["background"]
+        overlap = seen["shape_iou"] if seen["shape"] == words["shape"] else 0
+        scores.append(max(0, seen["texture_scores"][words["texture"]]) + overlap if right else -1)
+    return torch.tensor(scores)
+
+
+def candidates(out, captions, steps=(4, 8), frames=9):
+    """Frames of the teacher in `out` at few steps, 18 of each caption: uint8 (N, 18, 3, 64, 64), quality (N, 18)."""
+    model, vae, text = load_dit(out).eval(), load_vae(out), load_text_encoder(out)
+    shown = torch.cat([sample_teacher(model, vae, text, captions, n, seed=100_000 * n, frames=frames)[:, :, ::4]
+                       for n in steps], dim=2).transpose(1, 2)
+    scores = torch.stack([quality(f, caption) for f, caption in zip(shown, captions)])
+    return ((shown.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8), scores
+
+
+def generated_pairs(frames, scores, captions, count, random, margin=0.2):
+    """Pairs of `candidates` of one caption, their quality apart by more than `margin`: (better images, worse images,
+    captions). Each picture is moved round the torus at random, or the model would know it by its place."""
+    pairs = (scores[:, :, None] - scores[:, None] > margin).nonzero()  # (all pairs, 3): caption, better, worse
+    chosen = pairs[(torch.rand(count if len(pairs) else 0, generator=random) * len(pairs)).long()]
+
+    def pick(which):
+        places = torch.randint(64, (len(chosen), 2), generator=random).tolist()
+        images = [frames[i, j].roll(by, (1, 2)) for i, j, by in zip(chosen[:, 0], chosen[:, which], places)]
+        return torch.stack(images) / 127.5 - 1 if images else torch.zeros(0, *frames.shape[2:])
+    return pick(1), pick(2), [captions[i] for i in chosen[:, 0].tolist()]
+
+
+def train_reward(folder, out, steps, count):
+    """A small ImageReward on preference pairs, half of them of frames that the teacher in `out` made of `count`
+    captions: (model, share of held-out pairs in the right order by kind)."""
     from transformers import BertTokenizer
     torch.manual_seed(4)
     (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words()]) + "\n")
@@ -712,31 +746,43 @@ def train_reward(folder, steps):
     names = ("colour", "texture", "shape", "background")
     probes = torch.nn.ModuleDict({a: torch.nn.Linear(REWARD_CONFIG["vision_dim"], len(ATTRIBUTES[a])) for a in names})
     captions, held_out = split()
+    chosen, unseen = random_captions(captions, count), random_captions(held_out, max(2, count // 8))
+    if not (folder / "candidates.pt").exists():
+        torch.save([candidates(out, chosen), candidates(out, unseen)], folder / "candidates.pt")
+    (frames, scores), (unseen_frames, unseen_scores) = torch.load(folder / "candidates.pt", weights_only=True)
 
     def loss_of(step, random):
-        better, good, worse, bad, _ = preference_pairs(captions, 24, random)
-        images = clip_preprocess(torch.cat([better, worse]), model.image_size)
+        better, good, worse, bad, _ = preference_pairs(captions, 16, random)
+        chosen_better, chosen_worse, same = generated_pairs(frames, scores, chosen, 16, random)
+        images = clip_preprocess(torch.cat([better, chosen_better, worse, chosen_worse]), model.image_size)
         seen = model.vision(images).last_hidden_state
-        score = model.judge(seen, *model.tokenize(good + bad))
-        loss = -torch.nn.functional.logsigmoid(score[:24] - score[24:]).mean() + 1e-3 * score.square().mean()
+        high, low = model.judge(seen, *model.tokenize(good + same + bad + same)).chunk(2)
+        loss = -torch.nn.functional.logsigmoid(high - low).mean() + 1e-3 * (high.square() + low.square()).mean() / 2
         for a in names:  # the image encoder must tell what it sees; without this the pairs teach it nothing for long
             label = torch.tensor([ATTRIBUTES[a].index(parse(c)[a]) for c in good])
-            loss = loss + 0.25 * torch.nn.functional.cross_entropy(probes[a](seen[:24].mean(1)), label)
+            loss = loss + 0.25 * torch.nn.functional.cross_entropy(probes[a](seen[:16].mean(1)), label)
         return loss
 
     fit("reward", folder, torch.nn.ModuleDict({"model": model, "probes": probes}).train(), loss_of, steps, lr=2e-3,
         matrices=lambda n, p: ".layer" in n and p.ndim == 2)
     model.eval()
-    random, right, scores = torch.Generator().manual_seed(5), {"sharp": [], "true": []}, []
+    random, right, rewards = torch.Generator().manual_seed(5), {"sharp": [], "true": [], "generated": []}, []
     with torch.no_grad():
         for _ in range(32):
             better, good, worse, bad, sharp = preference_pairs(held_out, 64, random)
             a, b = model.score(better, good), model.score(worse, bad)
             right["sharp"] += (a > b)[sharp].tolist()
             right["true"] += (a > b)[~sharp].tolist()
-            scores += a.tolist() + b.tolist()
-    model.mean, model.std = torch.tensor(scores).mean().item(), torch.tensor(scores).std().item()
-    return model, {kind: sum(r) / len(r) for kind, r in right.items()}
+            rewards += a.tolist() + b.tolist()
+            better, worse, same = generated_pairs(unseen_frames, unseen_scores, unseen, 64, random)
+            right["generated"] += (model.score(better, same) > model.score(worse, same)).tolist() if same else []
+    model.mean, model.std = torch.tensor(rewards).mean().item(), torch.tensor(rewards).std().item()
+    return model, {kind: sum(r) / max(1, len(r)) for kind, r in right.items()}
+
+
+def random_captions(captions, count, seed=12):
+    """`count` of the captions, each once."""
+    return [captions[i] for i in torch.randperm(len(captions), generator=torch.Generator().manual_seed(seed))[:count]]
 
 
 # ------------------------------------------------------------------------------- assembling and evaluating
@@ -754,8 +800,8 @@ def write_json(path, content):
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def export(out, vae, mean, std, encoder, tokenizer, teacher, reward):
-    """Write the parts as a diffusers WanPipeline folder, with reward_model/ and defaults.json beside them."""
+def export(out, vae, mean, std, encoder, tokenizer, teacher):
+    """Write the parts as a diffusers WanPipeline folder, with defaults.json and lists of captions beside them."""
     c = CONFIGS["tiny"]
     write_json(out / "vae/config.json", {
         "_class_name": "AutoencoderKLWan", "base_dim": VAE_CONFIG["dim"], "z_dim": 16,
@@ -785,6 +831,10 @@ def export(out, vae, mean, std, encoder, tokenizer, teacher, reward):
     captions, held_out = split()
     for name, lines in (("prompts.txt", captions), ("held_out.txt", held_out), ("held_out_few.txt", held_out[3::50])):
         (out / name).write_text("\n".join(lines) + "\n")
+
+
+def export_reward(out, reward):
+    """Write the reward model, with its tokenizer, to <out>/reward_model."""
     sizes = {**REWARD_CONFIG, "mean": reward.mean, "std": reward.std}
     save_half({ImageReward.published_key(k): v for k, v in reward.state_dict().items()}, out / "reward_model",
               "ImageReward.safetensors", {"config": json.dumps(sizes)})
@@ -833,13 +883,13 @@ def sample_clips(captions, vae, solve, seed, batch=20, frames=15):
     return torch.cat(videos)
 
 
-def sample_teacher(model, vae, text, captions, steps=50, seed=0):
+def sample_teacher(model, vae, text, captions, steps=50, seed=0, frames=15):
     """Bidirectional samples of the captions: the ODE, with guidance."""
     def solve(noise, some, generators):
         *_, x = ode_trajectory(model, noise, text(some), text([""] * len(some)),
                                sigma_schedule(steps, DEFAULTS["shift"]), DEFAULTS["guidance"])
         return x
-    return sample_clips(captions, vae, solve, seed)
+    return sample_clips(captions, vae, solve, seed, frames=frames)
 
 
 def sample_student(model, metadata, vae, text, captions, seed=0, frames=15):
@@ -1011,11 +1061,10 @@ def train(out, work, scale=1.0):
     """Make everything in `out` from nothing; `work` keeps what a killed run needs to go on. scale: of the steps."""
     work.mkdir(parents=True, exist_ok=True)
     steps = {name: max(2, int(n * scale)) for name, n in
-             dict(text=800, vae=2500, reward=1700, clips=1500, teacher=3900, more_clips=4500, more=6000,
+             dict(text=800, vae=2500, reward=5000, clips=1500, teacher=3900, more_clips=4500, more=6000,
                   all_clips=7500, high_noise=4000).items()}
     encoder, tokenizer, words_right = train_text(work, steps["text"])
     vae = train_vae(work, steps["vae"]).eval().requires_grad_(False)
-    reward, pairs_right = train_reward(work, steps["reward"])
     # Three rounds, each with its own warm-up and decay: on few clips; on more; then on circles above all and at high
     # noise, where a clip's motion and the place of its texture are decided.
     latents, captions = encode_library(work, vae, steps["all_clips"], steps["clips"], circles=steps["more_clips"])
@@ -1026,7 +1075,9 @@ def train(out, work, scale=1.0):
     teacher = train_teacher("teacher2", work, latents[more], captions[more], text, steps["more"], start=teacher)
     teacher = train_teacher("teacher3", work, latents, captions, text, steps["high_noise"], start=teacher, shift=8.0,
                             short=0)
-    export(out, vae, mean.tolist(), std.tolist(), encoder, tokenizer, teacher, reward)
+    export(out, vae, mean.tolist(), std.tolist(), encoder, tokenizer, teacher)
+    reward, pairs_right = train_reward(work, out, steps["reward"], max(4, int(600 * scale)))
+    export_reward(out, reward)
     result = {**evaluate(out, max(2, min(200, int(200 * scale)))), "text": words_right, "reward": pairs_right}
     write_json(out / "measured.json", {part: {k: round(v, 4) for k, v in r.items()} for part, r in result.items()})
     print(json.dumps(result, indent=1))
