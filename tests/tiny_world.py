@@ -747,9 +747,11 @@ def train_reward(folder, out, steps, count):
     probes = torch.nn.ModuleDict({a: torch.nn.Linear(REWARD_CONFIG["vision_dim"], len(ATTRIBUTES[a])) for a in names})
     captions, held_out = split()
     chosen, unseen = random_captions(captions, count), random_captions(held_out, max(2, count // 8))
-    if not (folder / "candidates.pt").exists():
-        torch.save([candidates(out, chosen), candidates(out, unseen)], folder / "candidates.pt")
-    (frames, scores), (unseen_frames, unseen_scores) = torch.load(folder / "candidates.pt", weights_only=True)
+    made = folder / "candidates.pt"
+    if not made.exists():
+        torch.save([candidates(out, chosen), candidates(out, unseen)], made.with_suffix(".tmp"))
+        made.with_suffix(".tmp").rename(made)
+    (frames, scores), (unseen_frames, unseen_scores) = torch.load(made, weights_only=True)
 
     def loss_of(step, random):
         better, good, worse, bad, _ = preference_pairs(captions, 16, random)
