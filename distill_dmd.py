@@ -49,7 +49,7 @@ from wan_causal import (EMA, NEGATIVE_PROMPT, Help, InputError, Run, Trajectorie
 
 # The settings of the papers, as far as they differ: the flags' defaults for each history.
 # Guidance in the usual formula: CausVid's 3.5 and Self Forcing's 3.0 multiply (cond - uncond) on top of cond.
-# Steps in generator updates: the public 600, 1000 and 200 count critic updates, of which every fifth has one.
+# Steps are generator updates; the public 600, 1000 and 200 count critic updates, five for each of the generator.
 SELF_FORCING = dict(steps=120, accum=8, lr=2e-6, critic_lr=4e-7, beta1=0.0, weight_decay=0.01, grad_clip=10.0, ema=0.99,
                     ema_start=40, ratio=5, guidance=4.0, shift=5.0, chunk_weight_shift=0.0)
 CAUSVID = {**SELF_FORCING, 'steps': 200, 'critic_lr': 2e-6, 'beta1': 0.9, 'guidance': 4.5, 'shift': 8.0}
@@ -270,8 +270,8 @@ def train(args, process):
     data = Trajectories(args.data) if args.history in WITH_DATA else None
     if data:
         args.trajectories = len(data)  # a run is not resumed with more of them, which would change their order
-    if data and tuple(data[0][0].shape[1:]) != shape:
-        raise InputError(f'{args.data} holds latents {tuple(data[0][0].shape[1:])}, but the flags ask for {shape}')
+        if (held := tuple(data[0][0].shape[1:])) != shape:
+            raise InputError(f'{args.data} holds latents {held}, but the flags ask for {shape}')
     how = f'history {args.history}, chunks of {chunk} latent frames' if causal else 'all frames at once'
     process.print(f'timesteps {format_steps(steps)}; {how}')
 

@@ -103,11 +103,12 @@ def test_a_lora_adapter_on_top_of_a_generator(tmp_path, causal):
     state["blocks.1.self_attn.v.weight"] = state["blocks.1.self_attn.v.weight"] + B @ A
     wc.save_checkpoint(tmp_path / "folded.safetensors", state, kind="causal", chunk=3,
                        timesteps="1000,937.5,833.333,625")
-    for name, flags in (("plain", ["--checkpoint", causal]), ("folded", ["--checkpoint", tmp_path / "folded.safetensors"]),
-                        ("lora", ["--checkpoint", causal, "--lora", tmp_path / "lora.safetensors"])):
-        done = run("generate.py", PROMPT, *flags, "--frames", 9, "--out", tmp_path / f"{name}.mp4")
+    weights = {"plain": [causal], "folded": [tmp_path / "folded.safetensors"],
+               "lora": [causal, "--lora", tmp_path / "lora.safetensors"]}
+    for name, flags in weights.items():
+        done = run("generate.py", PROMPT, "--checkpoint", *flags, "--frames", 9, "--out", tmp_path / f"{name}.mp4")
         assert done.returncode == 0, done.stderr
-    plain, folded, lora = (read(tmp_path / f"{name}.mp4") for name in ("plain", "folded", "lora"))
+    plain, folded, lora = (read(tmp_path / f"{name}.mp4") for name in weights)
     assert (folded == lora).all() and (plain != lora).any()
 
 
@@ -168,7 +169,8 @@ BAD = [
     (["--jobs", "jobs.jsonl", "--seed", 5], "--seed 5 has no effect here: each line of --jobs has its own"),
     ([PROMPT, "--seed", 1 << 63], "a seed must be a whole number of at most 63 bits"),
     ([PROMPT, "--timesteps", "nan"], "--timesteps nan must fall"),
-    ([PROMPT, "--frames", 21, "--window", 12, "--sink", 6, "--checkpoint", "CAUSAL"], "--sink 6 must be less than the 6"),
+    ([PROMPT, "--frames", 21, "--window", 12, "--sink", 6, "--checkpoint", "CAUSAL"],
+     "--sink 6 must be less than the 6"),
     ([PROMPT, "--frames", 4097, "--checkpoint", "CAUSAL"], "past the RoPE table"),
 ]
 

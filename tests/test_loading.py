@@ -107,8 +107,9 @@ def test_lora_adapter_is_folded_into_the_base(tmp_path, wrap, default):
 def test_a_lora_adapter_alone_is_no_generator_and_peft_tells_its_alpha(tmp_path):
     state = state_of()
     pairs, folded = lora_pairs(state, LORA_MODULES)
-    save_file({f"base_model.model.{m}.lora_{side}.weight": x for m, pair in pairs.items() for side, x in zip("AB", pair)},
-              tmp_path / "adapter_model.safetensors")
+    adapter = {f"base_model.model.{m}.lora_{side}.weight": x
+               for m, pair in pairs.items() for side, x in zip("AB", pair)}
+    save_file(adapter, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 12}')
     model = random_dit(0)
     metadata = wc.load_checkpoint(model, tmp_path / "adapter_model.safetensors")

@@ -662,10 +662,12 @@ def refused(made, tmp_path_factory):
     torch.save({"step": 1, "settings": {"stage": "distill_dmd"}, "parts": {}}, folder / "run/state.pt")
     wc.save_checkpoint(folder / "other.safetensors", wc.load_dit(TINY).state_dict(), kind="bidirectional",
                        timesteps="1000,900")
-    wc.save_checkpoint(folder / "one_step.safetensors", wc.load_dit(TINY).state_dict(), kind="causal", timesteps="1000")
+    wc.save_checkpoint(folder / "one_step.safetensors", wc.load_dit(TINY).state_dict(), kind="causal",
+                       timesteps="1000")
     wc.save_checkpoint(folder / "adapter.safetensors", {f"blocks.0.ffn.0.lora_{side}.weight": torch.zeros(shape) for
                                                         side, shape in (("A", (2, 128)), ("B", (512, 2)))})
-    names = {**{name: folder / f"{name}.safetensors" for name in ("other", "one_step", "adapter")}, "student": made / "student.safetensors",
+    names = {**{name: folder / f"{name}.safetensors" for name in ("other", "one_step", "adapter")},
+             "student": made / "student.safetensors",
              "ode": made / "ode.safetensors", "data": made / "trajectories",
              **{name: folder / name for name in ("empty", "damaged", "run")}}
     commands = []

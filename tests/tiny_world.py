@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from wan_causal import (  # noqa: E402
     CONFIGS, MAX_POSITION, ImageReward, TextEncoder, WanModel, WanVAE, add_noise, chunk_sizes, clip_preprocess,
     dit_diffusers_key, gaussian, load_checkpoint, load_dit, load_image_reward, load_text_encoder, load_vae,
-    ode_trajectory, read_weights, rollout, saved_steps, shift_sigma, sigma_schedule, vae_diffusers_key)
+    ode_trajectory, permutation, read_weights, replace_file, rollout, saved_steps, shift_sigma, sigma_schedule,
+    vae_diffusers_key)
 
 COLOURS = {"red": (220, 40, 40), "green": (60, 200, 70), "blue": (50, 90, 240),  # RGB, 0..255
            "yellow": (240, 220, 40), "purple": (160, 50, 200), "orange": (250, 140, 20)}
@@ -45,7 +46,7 @@ def all_captions():
 def split():
     """(1816 training captions, 200 held-out captions): always the same ones; every word is in both."""
     captions = all_captions()
-    order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(0)).tolist()
+    order = permutation(len(captions), 0)
     return [captions[i] for i in sorted(order[200:])], [captions[i] for i in sorted(order[:200])]
 
 
@@ -444,13 +445,18 @@ def fit(name, folder, model, loss_of, steps, lr, warmup=100, ema=None, matrices=
                 torch._foreach_lerp_(list(average.values()), [p for _, p in named], 1 - decay)
         bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
         if (step + 1) % every == 0 or step + 1 == steps:
-            torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-                        "ema": average, "step": step + 1}, path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").rename(path)
+            content = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
+                       "ema": average, "step": step + 1}
+            replace_file(path, lambda temporary: torch.save(content, temporary))
             print(f"{name} step {step + 1} loss {loss.item():.4f} {time.time() - began:.0f} s", flush=True)
     if ema:
         model.load_state_dict({**model.state_dict(), **average})
     return model
+
+
+def to_bytes(images):
+    """Pixels in [-1, 1] as uint8, of any shape."""
+    return ((images + 1) * 127.5).round().to(torch.uint8)
 
 
 def library(captions, clips, frames, seed):
@@ -458,7 +464,7 @@ def library(captions, clips, frames, seed):
     random = torch.Generator().manual_seed(seed)
     chosen = [captions[i] for i in torch.randint(len(captions), (clips,), generator=random)]
     parts = [render(chosen[i:i + 50], frames, generator=random, return_state=True) for i in range(0, clips, 50)]
-    video = torch.cat([((v + 1) * 127.5).round().to(torch.uint8) for v, _ in parts])
+    video = torch.cat([to_bytes(v) for v, _ in parts])
     return video, torch.cat([s["centre"] for _, s in parts]), chosen
 
 
@@ -537,7 +543,7 @@ def encode_library(folder, vae, clips, part, circles):
             with torch.no_grad():
                 z = torch.cat([vae.encode(video[i:i + 16] / 127.5 - 1)
                                for i in tqdm(range(0, len(video), 16), desc="latents", mininterval=10)])
-            torch.save({"latents": z, "captions": chosen}, path)
+            replace_file(path, lambda temporary: torch.save({"latents": z, "captions": chosen}, temporary))
         saved = torch.load(path, weights_only=True)
         latents.append(saved["latents"])
         captions += saved["captions"]
@@ -716,7 +722,7 @@ def candidates(out, captions, steps=(4, 8), frames=9):
     shown = torch.cat([sample_teacher(model, vae, text, captions, n, seed=100_000 * n, frames=frames)[:, :, ::4]
                        for n in steps], dim=2).transpose(1, 2)
     scores = torch.stack([quality(f, caption) for f, caption in zip(shown, captions)])
-    return ((shown.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8), scores
+    return to_bytes(shown), scores
 
 
 def generated_pairs(frames, scores, captions, count, random, margin=0.2):
@@ -749,8 +755,8 @@ def train_reward(folder, out, steps, count):
     chosen, unseen = random_captions(captions, count), random_captions(held_out, max(2, count // 8))
     made = folder / "candidates.pt"
     if not made.exists():
-        torch.save([candidates(out, chosen), candidates(out, unseen)], made.with_suffix(".tmp"))
-        made.with_suffix(".tmp").rename(made)
+        content = [candidates(out, chosen), candidates(out, unseen)]
+        replace_file(made, lambda temporary: torch.save(content, temporary))
     (frames, scores), (unseen_frames, unseen_scores) = torch.load(made, weights_only=True)
 
     def loss_of(step, random):
@@ -784,7 +790,7 @@ def train_reward(folder, out, steps, count):
 
 def random_captions(captions, count, seed=12):
     """`count` of the captions, each once."""
-    return [captions[i] for i in torch.randperm(len(captions), generator=torch.Generator().manual_seed(seed))[:count]]
+    return [captions[i] for i in permutation(len(captions), seed)[:count]]
 
 
 # ------------------------------------------------------------------------------- assembling and evaluating
@@ -1055,7 +1061,7 @@ def picture(out, generators, path, count=6, columns=5):
     else:
         some = video[:, :, :, torch.linspace(0, video.shape[3] - 1, columns).round().long()]
         sheet, rate = some.permute(1, 0, 4, 3, 5, 2).flatten(3, 4).flatten(0, 2), {}  # (N G 128, columns 128, 3)
-    imageio.v3.imwrite(path, ((sheet + 1) * 127.5).round().to(torch.uint8).numpy(), **rate)
+    imageio.v3.imwrite(path, to_bytes(sheet).numpy(), **rate)
     print("\n".join(captions))
 
 
