@@ -389,7 +389,7 @@ class WanConfig:
 
 
 CONFIGS = {
-    'tiny': WanConfig(dim=128, ffn_dim=512, num_heads=4, num_layers=6, freq_dim=64, text_dim=64, text_len=32),
+    'tiny': WanConfig(dim=192, ffn_dim=768, num_heads=6, num_layers=6, freq_dim=64, text_dim=64, text_len=32),
     '1.3B': WanConfig(),
     '14B': WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
 }

@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import wan_causal  # noqa: E402
 from wan_causal import (  # noqa: E402
     CONFIGS, MAX_POSITION, ImageReward, TextEncoder, WanModel, WanVAE, add_noise, chunk_sizes, clip_preprocess,
     dit_diffusers_key, gaussian, load_checkpoint, load_dit, load_image_reward, load_text_encoder, load_vae,
@@ -394,14 +395,19 @@ class Muon(torch.optim.Optimizer):
             for p in (p for p in group["params"] if p.grad is not None):
                 average = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 average.lerp_(p.grad, 1 - group["momentum"])
-                x = p.grad.lerp(average, group["momentum"]).flatten(1)  # Nesterov
-                size, tall = max(x.shape), x.shape[0] > x.shape[1]
-                x = (x.T if tall else x) / (x.norm() + 1e-7)
+                p.grad.lerp_(average, group["momentum"])  # Nesterov
+            for size in dict.fromkeys(p.shape for p in group["params"]):  # all matrices of a size together
+                same = [p for p in group["params"] if p.shape == size and p.grad is not None]
+                x = torch.stack([p.grad.flatten(1) for p in same])
+                long, tall = max(x.shape[1:]), x.shape[1] > x.shape[2]
+                x = x.mT if tall else x
+                x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()
                 for _ in range(5):  # Newton-Schulz: pushes all singular values towards 1
-                    gram = x @ x.T
+                    gram = x @ x.mT
                     x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-                x = (x.T if tall else x).reshape(p.shape)
-                p.add_(x, alpha=-group["lr"] * 0.2 * size ** 0.5)
+                x = (x.mT if tall else x).float()
+                for p, update in zip(same, x):
+                    p.add_(update.view(size), alpha=-group["lr"] * 0.2 * long ** 0.5)
 
 
 def fit(name, folder, model, loss_of, steps, lr, warmup=100, ema=None, matrices=None, every=250):
@@ -615,15 +621,15 @@ def train_text(folder, steps):
 
 # --------------------------------------------------------------------------------------- the parts: teacher
 
-def train_teacher(name, folder, latents, captions, text, steps, start=None, shift=3.0, short=0.35):
-    """A bidirectional Wan by flow matching on normalised latents (N, 16, 15, 8, 8), from the weights of `start`.
+def train_teacher(folder, latents, captions, text, steps):
+    """A bidirectional Wan by flow matching on normalised latents (N, 16, 15, 8, 8), in bfloat16.
 
-    Noise is drawn at this timestep shift; the first share `short` of the steps sees short clips.
+    Noise is drawn at timestep shift 5, as the sampler steps: a clip's motion and the place of its texture are decided
+    at high noise. The first fifth of the steps sees short clips.
     """
     torch.manual_seed(3)
     model = WanModel(CONFIGS["tiny"])
-    if start is not None:
-        model.load_state_dict(start.state_dict())
+    model.autocast = torch.bfloat16
     if steps > 100:  # else compiling would take longer than training
         for block in model.blocks:
             block.compile(dynamic=False)
@@ -632,7 +638,7 @@ def train_teacher(name, folder, latents, captions, text, steps, start=None, shif
     caption_of = torch.tensor([index[c] for c in captions])
 
     def loss_of(step, random):
-        frames, batch = (7, 20) if step < short * steps else (latents.shape[2], 12)
+        frames, batch = (7, 24) if step < 0.2 * steps else (latents.shape[2], 12)
         i = torch.randint(len(latents), (batch,), generator=random)
         x0, context = latents[i, :, :frames], contexts[caption_of[i]]
         dropped = torch.rand(batch, 1, 1, generator=random) < 0.1
@@ -640,13 +646,22 @@ def train_teacher(name, folder, latents, captions, text, steps, start=None, shif
         if step % 20 == 0:  # zero rows up to Wan's 512, so that the padded length does not matter
             context = torch.nn.functional.pad(context, (0, 0, 0, 512 - context.shape[1]))
         u = (torch.arange(batch) + torch.rand(batch, generator=random)) / batch  # stratified
-        t = 1000 * shift_sigma(u, shift)
+        t = 1000 * shift_sigma(u, 5.0)
         eps = torch.randn(x0.shape, generator=random)
         return (model(add_noise(x0, eps, t), t, context) - (eps - x0)).square().mean()
 
-    fit(name, folder, model, loss_of, steps, lr=1.5e-3, warmup=150, ema=0.999,
-        matrices=lambda n, p: n.startswith("blocks") and p.ndim == 2)
+    attend, wan_causal.attend = wan_causal.attend, matmul_attention
+    try:
+        fit("teacher", folder, model, loss_of, steps, lr=1.5e-3, warmup=200, ema=0.999,
+            matrices=lambda n, p: n.startswith("blocks") and p.ndim == 2)
+    finally:
+        wan_causal.attend, model.autocast = attend, None
     return model
+
+
+def matmul_attention(q, k, v, visible=None, backend="auto"):
+    """`wan_causal.attend` where everything sees everything: its compiled backward is faster on a CPU."""
+    return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
 
 
 # ---------------------------------------------------------------------------------------- the parts: reward
@@ -1069,20 +1084,14 @@ def train(out, work, scale=1.0):
     """Make everything in `out` from nothing; `work` keeps what a killed run needs to go on. scale: of the steps."""
     work.mkdir(parents=True, exist_ok=True)
     steps = {name: max(2, int(n * scale)) for name, n in
-             dict(text=800, vae=2500, reward=5000, clips=1500, teacher=3900, more_clips=4500, more=6000,
-                  all_clips=7500, high_noise=4000).items()}
+             dict(text=800, vae=2500, reward=5000, part=1500, circles=4500, clips=7500, teacher=11500).items()}
     encoder, tokenizer, words_right = train_text(work, steps["text"])
     vae = train_vae(work, steps["vae"]).eval().requires_grad_(False)
-    # Three rounds, each with its own warm-up and decay: on few clips; on more; then on circles above all and at high
-    # noise, where a clip's motion and the place of its texture are decided.
-    latents, captions = encode_library(work, vae, steps["all_clips"], steps["clips"], circles=steps["more_clips"])
-    few, more, text = slice(steps["clips"]), slice(steps["more_clips"]), TextEncoder(encoder, tokenizer)
-    mean, std = latents[few].mean((0, 2, 3, 4)), latents[few].std((0, 2, 3, 4))
+    latents, captions = encode_library(work, vae, steps["clips"], steps["part"], steps["circles"])
+    some = latents[:steps["part"]]
+    mean, std = some.mean((0, 2, 3, 4)), some.std((0, 2, 3, 4))
     latents = (latents - mean.view(1, -1, 1, 1, 1)) / std.view(1, -1, 1, 1, 1)
-    teacher = train_teacher("teacher", work, latents[few], captions[few], text, steps["teacher"])
-    teacher = train_teacher("teacher2", work, latents[more], captions[more], text, steps["more"], start=teacher)
-    teacher = train_teacher("teacher3", work, latents, captions, text, steps["high_noise"], start=teacher, shift=8.0,
-                            short=0)
+    teacher = train_teacher(work, latents, captions, TextEncoder(encoder, tokenizer), steps["teacher"])
     export(out, vae, mean.tolist(), std.tolist(), encoder, tokenizer, teacher)
     reward, pairs_right = train_reward(work, out, steps["reward"], max(4, int(600 * scale)))
     export_reward(out, reward)
