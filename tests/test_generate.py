@@ -97,7 +97,7 @@ def test_pictures_of_every_kind_to_start_from(tmp_path):
 
 def test_a_lora_adapter_on_top_of_a_generator(tmp_path, causal):
     state, random = dict(wc.read_weights(causal)[0]), torch.Generator().manual_seed(3)
-    A, B = torch.randn(4, 128, generator=random), torch.randn(128, 4, generator=random) / 20
+    A, B = torch.randn(4, 192, generator=random), torch.randn(192, 4, generator=random) / 20
     wc.save_checkpoint(tmp_path / "lora.safetensors", {"base_model.model.blocks.1.self_attn.v.lora_A.weight": A,
                                                        "base_model.model.blocks.1.self_attn.v.lora_B.weight": B})
     state["blocks.1.self_attn.v.weight"] = state["blocks.1.self_attn.v.weight"] + B @ A

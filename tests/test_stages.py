@@ -665,7 +665,7 @@ def refused(made, tmp_path_factory):
     wc.save_checkpoint(folder / "one_step.safetensors", wc.load_dit(TINY).state_dict(), kind="causal",
                        timesteps="1000")
     wc.save_checkpoint(folder / "adapter.safetensors", {f"blocks.0.ffn.0.lora_{side}.weight": torch.zeros(shape) for
-                                                        side, shape in (("A", (2, 128)), ("B", (512, 2)))})
+                                                        side, shape in (("A", (2, 192)), ("B", (768, 2)))})
     names = {**{name: folder / f"{name}.safetensors" for name in ("other", "one_step", "adapter")},
              "student": made / "student.safetensors",
              "ode": made / "ode.safetensors", "data": made / "trajectories",
