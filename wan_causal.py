@@ -264,9 +264,11 @@ def attend(q, k, v, visible=None, backend='auto'):
     'rectangles', one unmasked scaled_dot_product_attention per group of query frames that see the same keys, which
     needs no compiler and runs anywhere; and 'flex', one flex-attention kernel, the faster one on CUDA when there are
     many groups. 'auto' takes flex for more than two groups on CUDA, else rectangles (flex has no backward on CPU).
+    'matmul': rectangles of two matrix products and a softmax, whose compiled backward is the faster one on a CPU.
     """
+    full = matmul_attention if backend == 'matmul' else F.scaled_dot_product_attention
     if visible is None:
-        return F.scaled_dot_product_attention(q, k, v)
+        return full(q, k, v)
     tokens = q.shape[2] // len(visible)
     if backend == 'flex' or (backend == 'auto' and q.is_cuda and len(set(visible)) > 2):
         if q.is_cuda:
@@ -279,10 +281,15 @@ def attend(q, k, v, visible=None, backend='auto'):
         while stop < len(visible) and visible[stop] == visible[start]:
             stop += 1
         seen = runs([j for j, sees in enumerate(visible[start]) if sees])
-        out.append(F.scaled_dot_product_attention(q[:, :, start * tokens:stop * tokens],
-                                                  take_frames(k, seen, tokens), take_frames(v, seen, tokens)))
+        out.append(full(q[:, :, start * tokens:stop * tokens], take_frames(k, seen, tokens),
+                        take_frames(v, seen, tokens)))
         start = stop
     return torch.cat(out, dim=2) if len(out) > 1 else out[0]
+
+
+def matmul_attention(q, k, v):
+    """`scaled_dot_product_attention` in the open: softmax(q k^T / sqrt(D)) v."""
+    return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
 
 
 def take_frames(x, where, tokens):
@@ -510,7 +517,7 @@ class Block(nn.Module):
         q, k, v = self.before(x, e, rope)
         if extend is not None:
             k, v = extend(k, v)
-        return self.after(x, attend(q, k, v, visible, backend), e, text)
+        return self.after(x, attend(q, k, v, visible, backend), e, text, backend)
 
     def before(self, x, e, rope):
         """Queries, keys and values of self-attention; like `after`, it has static shapes and compiles well."""
@@ -518,12 +525,12 @@ class Block(nn.Module):
         y = modulate(self.norm1(x), shift, scale)
         return self.self_attn.queries(y, rope), *self.self_attn.keys_values(y, rope)
 
-    def after(self, x, attended, e, text):
+    def after(self, x, attended, e, text, backend):
         """What follows self-attention."""
         gate1, shift, scale, gate2 = (self.modulation.float() + e)[:, :, 2:].chunk(4, dim=2)
         x = gated(x, self.self_attn.output(attended), gate1)
         k, v = text if isinstance(text, tuple) else self.cross_attn.keys_values(text)
-        x = x + self.cross_attn.output(attend(self.cross_attn.queries(self.norm3(x)), k, v))
+        x = x + self.cross_attn.output(attend(self.cross_attn.queries(self.norm3(x)), k, v, None, backend))
         return gated(x, self.ffn(modulate(self.norm2(x), shift, scale)), gate2)
 
 

@@ -18,7 +18,6 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import wan_causal  # noqa: E402
 from wan_causal import (  # noqa: E402
     CONFIGS, MAX_POSITION, ImageReward, TextEncoder, WanModel, WanVAE, add_noise, chunk_sizes, clip_preprocess,
     dit_diffusers_key, gaussian, load_checkpoint, load_dit, load_image_reward, load_text_encoder, load_vae,
@@ -392,12 +391,13 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
                 average = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 average.lerp_(p.grad, 1 - group["momentum"])
                 p.grad.lerp_(average, group["momentum"])  # Nesterov
-            for size in dict.fromkeys(p.shape for p in group["params"]):  # all matrices of a size together
-                same = [p for p in group["params"] if p.shape == size and p.grad is not None]
+            for size in dict.fromkeys(p.shape for p in params):  # all matrices of a size together
+                same = [p for p in params if p.shape == size]
                 x = torch.stack([p.grad.flatten(1) for p in same])
                 long, tall = max(x.shape[1:]), x.shape[1] > x.shape[2]
                 x = x.mT if tall else x
@@ -624,14 +624,14 @@ def train_text(folder, steps):
 def train_teacher(name, folder, latents, captions, text, steps, start=None, short=0.0):
     """A bidirectional Wan by flow matching on normalised latents (N, 16, 15, 8, 8), from the weights of `start`.
 
-    In bfloat16. Noise is drawn at timestep shift 5, as the sampler steps: a clip's motion and the place of its texture
-    are decided at high noise. The first share `short` of the steps sees short clips.
+    In bfloat16. Noise is drawn at the sampler's timestep shift: a clip's motion and the place of its texture are
+    decided at high noise. The first share `short` of the steps sees short clips.
     """
     torch.manual_seed(3)
     model = WanModel(CONFIGS["tiny"])
     if start is not None:
         model.load_state_dict(start.state_dict())
-    model.autocast = torch.bfloat16
+    model.backend, model.autocast = "matmul", torch.bfloat16
     if steps > 100:  # else compiling would take longer than training
         for block in model.blocks:
             block.compile(dynamic=False)
@@ -648,22 +648,14 @@ def train_teacher(name, folder, latents, captions, text, steps, start=None, shor
         if step % 20 == 0:  # zero rows up to Wan's 512, so that the padded length does not matter
             context = torch.nn.functional.pad(context, (0, 0, 0, 512 - context.shape[1]))
         u = (torch.arange(batch) + torch.rand(batch, generator=random)) / batch  # stratified
-        t = 1000 * shift_sigma(u, 5.0)
+        t = 1000 * shift_sigma(u, DEFAULTS["shift"])
         eps = torch.randn(x0.shape, generator=random)
         return (model(add_noise(x0, eps, t), t, context) - (eps - x0)).square().mean()
 
-    attend, wan_causal.attend = wan_causal.attend, matmul_attention
-    try:
-        fit(name, folder, model, loss_of, steps, lr=1.5e-3, warmup=200, ema=0.999,
-            matrices=lambda n, p: n.startswith("blocks") and p.ndim == 2)
-    finally:
-        wan_causal.attend, model.autocast = attend, None
+    fit(name, folder, model, loss_of, steps, lr=1.5e-3, warmup=200, ema=0.999,
+        matrices=lambda n, p: n.startswith("blocks") and p.ndim == 2)
+    model.backend, model.autocast = "auto", None
     return model
-
-
-def matmul_attention(q, k, v, visible=None, backend="auto"):
-    """`wan_causal.attend` where everything sees everything: its compiled backward is faster on a CPU."""
-    return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
 
 
 # ---------------------------------------------------------------------------------------- the parts: reward
