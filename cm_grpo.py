@@ -21,6 +21,7 @@ the paper) makes several, with PPO's clipped ratio. The surrogate counts 100 tim
 Differs from the paper: text alignment, motion and smoothness are measured by smaller means (see Rewards), since the
 paper's judges (Qwen2-VL, RAFT, AMT) need other packages; bring them with module:function. ImageReward stands where its
 imaging quality (MUSIQ) does; the aesthetic head counts once it is given (--aesthetic-head, --rewards ... aesthetic=1).
+One transition for all rollouts of a step (public code: one for each).
 Whatever the kernel it was trained with, the generator is then used with the consistency sampler, as any other.
 
     python cm_grpo.py --init runs/raven/model.safetensors --out runs/grpo                    # tiny model, CPU, minutes
@@ -303,6 +304,8 @@ def parse_args(argv=None):
     if args.group < 2 or args.prompts_per_step < 1 or args.updates < 1 or args.lora_rank < 0:
         raise InputError(f'--group {args.group} must be at least 2, --prompts-per-step {args.prompts_per_step} and '
                          f'--updates {args.updates} at least 1, --lora-rank {args.lora_rank} at least 0')
+    if args.em_noise <= 0:
+        raise InputError(f'--em-noise {args.em_noise} must be positive: without noise there is no policy to train')
     return args
 
 
@@ -343,7 +346,7 @@ def train(args, process):
     metadata = load_checkpoint(net, args.init)
     require(metadata, args.init, kind='causal')
     net = trainable(net, args, device, dtype)
-    frozen = None if args.lora_rank else copy.deepcopy(net).requires_grad_(False)  # the start, for the KL
+    frozen = None if args.lora_rank or not args.kl else copy.deepcopy(net).requires_grad_(False)  # the start, for the KL
     if args.lora_rank:
         add_lora(net, args.lora_rank, args.lora_alpha, args.seed)
     generator = process.wrap(net)
@@ -402,16 +405,18 @@ def train(args, process):
                     now = log_prob(z_next, mean.detach(), std)
                     old[micro] = now if update == 0 else old[micro]
                     A = clipped_advantage(mine[micro], (now - old[micro]).exp(), args.clip)
-                    kl = kl_to_reference(x0, start_x0(net, frozen, x_t, t, endpoints, context, chunks), std, slope)
-                    loss = 100 * surrogate(x0, z_next, mean, std, slope, A, weights) + args.kl * kl
+                    loss = 100 * surrogate(x0, z_next, mean, std, slope, A, weights)
+                    if args.kl:
+                        start = start_x0(net, frozen, x_t, t, endpoints, context, chunks)
+                        kl = kl_to_reference(x0, start, std, slope)
+                        loss, kl_sum = loss + args.kl * kl, kl_sum + kl.item() / args.accum
                     (loss / args.accum).backward()
-                kl_sum += kl.item() / args.accum
                 clipped += ((A == 0) & (mine[micro] != 0)).float().mean().item() / args.accum
             norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip)
-            metrics = run.check(kl=kl_sum, grad_norm=norm, motion=motion,
+            metrics = run.check(grad_norm=norm, motion=motion, **({'kl': kl_sum} if args.kl else {}),
                                 **({'clipped': clipped} if args.updates > 1 else {}))
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            process.forget_gradients(optimizer)
         ema.update(net, step)
 
         # log, sample, save

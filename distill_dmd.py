@@ -25,7 +25,8 @@ Data are the endpoints of ODE trajectories, so no stage needs real videos.
   z^_j^(u)      states[level]     x^_j              endpoints                   pi_alpha   chunk_weights
 
 Differs from DMD2: no GAN loss; from the public code: a direction that is not a number stops the run instead of being
-set to zero. A step is one generator update here; the public scripts count critic updates.
+set to zero; one random step for all samples of an update, as Self Forcing has it (RAVEN: one for each sample). A step
+is one generator update here; the public scripts count critic updates.
 
     python distill_dmd.py --out runs/student                                             # tiny model, CPU, minutes
     python distill_dmd.py --student causal --history raven --init runs/ode/model.safetensors --out runs/raven
@@ -49,7 +50,8 @@ from wan_causal import (EMA, NEGATIVE_PROMPT, Help, InputError, Run, Trajectorie
 
 # The settings of the papers, as far as they differ: the flags' defaults for each history.
 # Guidance in the usual formula: CausVid's 3.5 and Self Forcing's 3.0 multiply (cond - uncond) on top of cond.
-# Steps are generator updates; the public 600, 1000 and 200 count critic updates, five for each of the generator.
+# Steps are generator updates; the public 600 and 1000 count critic updates, five for each of the generator, and
+# RAVEN's 300 two.
 SELF_FORCING = dict(steps=120, accum=8, lr=2e-6, critic_lr=4e-7, beta1=0.0, weight_decay=0.01, grad_clip=10.0, ema=0.99,
                     ema_start=40, ratio=5, guidance=4.0, shift=5.0, chunk_weight_shift=0.0)
 CAUSVID = {**SELF_FORCING, 'steps': 200, 'critic_lr': 2e-6, 'beta1': 0.9, 'guidance': 4.5, 'shift': 8.0}
@@ -58,7 +60,7 @@ SETTINGS = {
     'diffusion-forcing': CAUSVID,
     'teacher-forcing': CAUSVID,
     'self-forcing': SELF_FORCING,
-    'raven': {**SELF_FORCING, 'steps': 300, 'accum': 4, 'weight_decay': 0.0, 'grad_clip': 1000.0, 'ema': 0.9675,
+    'raven': {**SELF_FORCING, 'steps': 150, 'accum': 4, 'weight_decay': 0.0, 'grad_clip': 1000.0, 'ema': 0.9675,
               'ema_start': 0, 'ratio': 2, 'guidance': 3.0, 'chunk_weight_shift': -1.0,
               'negative': 'slow motion, time dilation, 高帧率，' + NEGATIVE_PROMPT},
 }
@@ -177,7 +179,7 @@ def last_window(x0, frames, vae):
     """The last `frames` latent frames of a longer rollout (B, C, F, H, W), as the teacher expects a clip.
 
     Its first latent frame stands for four video frames there, but for one in a clip: its last video frame is encoded
-    anew, without gradient (Self Forcing).
+    anew, without gradient (Self Forcing, which also leaves the rest of its chunk out of the loss).
     """
     start = x0.shape[2] - frames
     if start == 0:
@@ -266,6 +268,9 @@ def train(args, process):
     chunk = (args.chunk or int(metadata.get('chunk', 3))) if causal else F
     rolled = latent_frames(args.rollout_frames or args.frames)
     chunks = chunk_sizes(rolled, chunk)
+    if (rolled - F) % chunk:
+        raise InputError(f'--rollout-frames {args.rollout_frames} is not --frames {args.frames} and whole chunks of '
+                         f'{4 * chunk} frames: take {args.frames + 4 * ((rolled - F) // chunk + 1) * chunk}')
     weights = chunk_weights(chunk_sizes(F, chunk), args.chunk_weight_shift).to(device)
     data = Trajectories(args.data) if args.history in WITH_DATA else None
     if data:
@@ -319,7 +324,7 @@ def train(args, process):
             critic_norm = torch.nn.utils.clip_grad_norm_(critic_net.parameters(), args.grad_clip)
             run.check(critic_loss=critic_loss, critic_norm=critic_norm)
             critic_optimizer.step()
-            critic_optimizer.zero_grad(set_to_none=True)
+            process.forget_gradients(critic_optimizer)
 
         sums = torch.zeros(3, device=device)  # size of the direction, motion, reward
         for micro in range(args.accum):
@@ -340,7 +345,7 @@ def train(args, process):
         metrics = run.check(critic_loss=critic_loss, dmd=sums[0], grad_norm=norm, critic_norm=critic_norm,
                             motion=sums[1], **({'reward': sums[2]} if reward else {}))
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        process.forget_gradients(optimizer)
         ema.update(net, step)
 
         # --- log, sample, save

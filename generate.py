@@ -12,13 +12,13 @@ classifier-free guidance, all frames at once: that is the teacher, and it cannot
 student (--bidirectional --checkpoint) is sampled all at once too, at its own timesteps.
 """
 import argparse
+import itertools
 import json
 import re
 import time
 from pathlib import Path
 
 import imageio
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -121,6 +121,8 @@ def read_jobs(args):
         try:
             rows = [json.loads(line) for line in read_lines(args.jobs)]
             jobs = [(str(row['prompt']), int(row['seed']), Path(row['out'])) for row in rows]
+            if not all(path.name for *_, path in jobs):
+                raise ValueError('no file name in "out"')
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f'{args.jobs} must hold lines such as {{"prompt": "a cat", "seed": 0, "out": "cat.mp4"}}: '
                              f'{error!r}') from error
@@ -140,27 +142,38 @@ def read_jobs(args):
     return jobs
 
 
-def read_frames(file, height, width):
+def read_frames(file, height, width, limit):
     """A video or an image -> (1, 3, T, height, width) in [-1, 1], resized to cover and cropped at the centre.
 
-    Of a video the last 1 + 4k frames are taken.
+    Of a video the last T = 1 + 4k frames are taken; one of `limit` frames or more is an InputError.
     """
     if not Path(file).is_file():
         raise InputError(f'no file {file} to start from')
     try:
         try:
-            frames = np.stack(list(imageio.v3.imiter(file, plugin='pillow', mode='RGB')))  # (T, H, W, 3)
+            imageio.v3.improps(file, plugin='pillow')
+            pictures = imageio.v3.imiter(file, plugin='pillow', mode='RGB', rotate=True)
+            if Path(file).suffix.lower() in ('.jpg', '.jpeg'):  # whose second picture is a phone's brightness map
+                pictures = itertools.islice(pictures, 1)
         except OSError:  # no image
-            frames = np.stack(list(imageio.v3.imiter(file)))
+            pictures = imageio.v3.imiter(file)
+        frames = [cover(picture, height, width) for picture in itertools.islice(pictures, limit)]
     except Exception as error:
         raise InputError(f'{file} cannot be read as an image or a video') from error
-    frames = torch.from_numpy(frames[(len(frames) - 1) % 4:]).permute(0, 3, 1, 2).float() / 127.5 - 1
-    scale = max(height / frames.shape[2], width / frames.shape[3])
-    size = [max(height, round(frames.shape[2] * scale)), max(width, round(frames.shape[3] * scale))]
-    if size != list(frames.shape[2:]):
-        frames = torch.nn.functional.interpolate(frames, size, mode='bicubic', antialias=True).clamp(-1, 1)
+    if len(frames) == limit:
+        raise InputError(f'--init {file} already has {limit} frames or more: --frames {limit} must be more')
+    return torch.stack(frames[(len(frames) - 1) % 4:], dim=1).unsqueeze(0)
+
+
+def cover(picture, height, width):
+    """A picture (H, W, 3) of bytes -> (3, height, width) in [-1, 1]."""
+    picture = torch.from_numpy(picture).permute(2, 0, 1).unsqueeze(0).float() / 127.5 - 1
+    scale = max(height / picture.shape[2], width / picture.shape[3])
+    size = [max(height, round(picture.shape[2] * scale)), max(width, round(picture.shape[3] * scale))]
+    if size != list(picture.shape[2:]):
+        picture = torch.nn.functional.interpolate(picture, size, mode='bicubic', antialias=True).clamp(-1, 1)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    return frames[:, :, top:top + height, left:left + width].transpose(0, 1).unsqueeze(0)
+    return picture[0, :, top:top + height, left:left + width]
 
 
 class Clock:
@@ -287,14 +300,15 @@ def bench_table(clock, args, dtype, process):
 def main():
     args = parse_args()
     folder, jobs = find_folder(args.model), read_jobs(args)
-    given = read_frames(args.init, args.height, args.width) if args.init else None  # before any model: may be bad
+    given = read_frames(args.init, args.height, args.width, args.frames) if args.init else None  # before any model
     with processes(args.device) as process:
         args.quiet, dtype = process.rank > 0, compute_dtype(args, process.device)
-        model = load_dit(folder, dtype, process.device).eval()
+        model, kind = load_dit(folder), 'bidirectional' if args.bidirectional else 'causal'
         metadata = load_checkpoint(model, args.weights, ema=not args.no_ema) if args.weights else {}
-        require(metadata, args.weights, kind='bidirectional' if args.bidirectional else 'causal')
-        if args.lora:
-            load_checkpoint(model, args.lora)
+        require(metadata, args.weights, kind=kind)
+        if args.lora:  # folded in float32: an update of bfloat16 weights would be rounded away
+            require(load_checkpoint(model, args.lora, onto=True), args.lora, kind=kind)
+        model = model.to(process.device, dtype).eval()
         vae = load_vae(folder, dtype, process.device)
         text = load_text_encoder(folder, dtype, process.device, args.offload_text)
 
@@ -302,9 +316,6 @@ def main():
         args.chunk = args.chunk or int(metadata.get('chunk', 3))
         init = None if given is None else vae.encode(given.to(process.device))
         new = latent_frames(args.frames) - (0 if init is None else init.shape[2])
-        if new < 1:
-            raise InputError(f'--init {args.init} already has {4 * (init.shape[2] - 1) + 1} usable frames: --frames '
-                             f'{args.frames} must be more')
         widest = max(chunk_sizes(new, args.chunk, args.first_chunk))
         if args.window is not None and args.window < widest + args.sink:
             raise InputError(f'--window {args.window} is smaller than a chunk of {widest} and a sink of {args.sink} '

@@ -85,13 +85,15 @@ def parse_args(argv=None):
                                 formatter_class=Help)
     p.add_argument('verb', choices=['sample', 'train'], help='what to do; `ode_init.py VERB --help` shows its flags')
     verb = argv[0] if argv else None
+    if verb not in ('sample', 'train'):
+        p.parse_args(argv)  # --help, or an error
     if verb == 'train':
         training_flags(p, out='runs/ode', steps=3000, beta1=0.9, accum=16)
         g = p.add_argument_group('regression')
         g.add_argument('--data', default='runs/trajectories', metavar='FOLDER', help='what `sample` wrote')
         g.add_argument('--init', metavar='FILE', help='few-step student to start from (default: --model)')
         g.add_argument('--chunk', type=int, default=3, help='latent frames per chunk; 1 is frame-wise')
-    elif verb == 'sample':
+    else:
         p.add_argument('--model', default='tests/tiny', help='the teacher: a folder or hub repository')
         p.add_argument('--prompts', default='gdhe17/Self-Forcing:vidprom_filtered_extended.txt', metavar='FILE',
                        help='one per line, a file or repository:path on the hub; --count of them are drawn')
@@ -236,7 +238,7 @@ def train(args, process):
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip)
         metrics = run.check(loss=loss, grad_norm=norm)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        process.forget_gradients(optimizer)
         ema.update(net, step)
 
         # --- log, sample, save

@@ -1561,15 +1561,20 @@ def vae_sizes(state, source):
 
 def load_text_encoder(name, dtype=torch.float32, device='cpu', offload=False):
     """The UMT5 encoder and tokenizer of a model folder or hub repository, as a `TextEncoder`."""
-    from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
     file = 'models_t5_umt5-xxl-enc-bf16.pth'
     folder = find_folder(name, ['*.json', file, 'google/umt5-xxl/*', 'text_encoder/*', 'tokenizer/*'])
+    words = folder / ('tokenizer' if is_diffusers(folder) else 'google/umt5-xxl')
     try:
+        # By tokenizer.json, not AutoTokenizer: the T5Tokenizer that Wan's config names has another unknown word.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(words)
         if is_diffusers(folder):
-            encoder = UMT5EncoderModel.from_pretrained(folder / 'text_encoder', dtype=dtype)
-            return TextEncoder(encoder, AutoTokenizer.from_pretrained(folder / 'tokenizer'), device, offload)
-        tokenizer = AutoTokenizer.from_pretrained(folder / 'google/umt5-xxl')
-    except (OSError, ValueError) as error:
+            encoder, info = UMT5EncoderModel.from_pretrained(folder / 'text_encoder', dtype=dtype,
+                                                             output_loading_info=True)
+            if info['missing_keys']:
+                raise ValueError(f'{len(info["missing_keys"])} of its tensors are missing')
+            return TextEncoder(encoder, tokenizer, device, offload)
+    except Exception as error:
         raise InputError(f'cannot load the text encoder of {folder}: {first_line(error)}') from error
     state = {t5_key(key): value for key, value in read_weights(folder / file)[0].items()}
     attention = 'encoder.block.0.layer.0.SelfAttention.'
@@ -1581,8 +1586,9 @@ def load_text_encoder(name, dtype=torch.float32, device='cpu', offload=False):
             num_layers=1 + max(int(key.split('.')[2]) for key in state if '.block.' in key),
             relative_attention_num_buckets=state[attention + 'relative_attention_bias.weight'].shape[0],
             relative_attention_max_distance=128, feed_forward_proj='gated-gelu', layer_norm_epsilon=1e-6))
-    state['encoder.embed_tokens.weight'] = state['shared.weight']  # tied
-    return TextEncoder(load_exactly(encoder, state, folder / file).to(dtype), tokenizer, device, offload)
+    state['encoder.embed_tokens.weight'] = state['shared.weight']
+    load_exactly(encoder, state, folder / file).set_input_embeddings(encoder.shared)  # one table again, not two
+    return TextEncoder(encoder.to(dtype), tokenizer, device, offload)
 
 
 def load_image_reward(name, device='cpu'):
@@ -1612,13 +1618,13 @@ def native_keys(state, expected):
     expected: the model's own state dict (for the diffusers names).
     """
     names = {dit_diffusers_key(key): key for key in expected}
-    diffusers = any('condition_embedder.' in key for key in state)
+    diffusers = any('condition_embedder.' in key or '.attn1.' in key or '.attn2.' in key for key in state)
     out = {}
     for key, value in state.items():
         for wrapper in ('_fsdp_wrapped_module.', '_checkpoint_wrapped_module.', '_orig_mod.', '.base_layer'):
             key = key.replace(wrapper, '')
         key = key.replace('.default.weight', '.weight')
-        prefixes = ('base_model.model.', 'model.diffusion_model.', 'model.', 'net.', 'module.')
+        prefixes = ('base_model.model.', 'diffusion_model.', 'transformer.', 'model.', 'net.', 'module.')
         while any(key.startswith(prefix) for prefix in prefixes):
             key = key.removeprefix(next(prefix for prefix in prefixes if key.startswith(prefix)))
         if key == 'freqs' or key.startswith('accum_') or \
@@ -1647,17 +1653,18 @@ def fold_lora(state, base, scale=1.0):
         if A is None or B is None or weight is None or (B.shape[0], A.shape[1]) != tuple(weight.flatten(1).shape):
             raise InputError(f'the LoRA of {module} does not fit this model')
         update = scale * (B.float() @ A.float()).view(weight.shape)
-        full[f'{module}.weight'] = (weight.float() + update).to(weight.dtype)
+        full[f'{module}.weight'] = (weight.float() + update.to(weight.device)).to(weight.dtype)
     return full
 
 
-def load_checkpoint(model, name, ema=True):
+def load_checkpoint(model, name, ema=True, onto=False):
     """Load generator weights into a DiT from any layout of the field; return the file's metadata (a dict of str).
 
     Accepted: flat or under generator_ema / generator / model / state_dict (the EMA is preferred, `ema=False` takes
     the other if it is there); FSDP, DDP, compile and PEFT prefixes; Wan's or diffusers' names; LoRA adapters, beside
     their base weights or alone (folded into the generator that their metadata name as `base`, else into the
-    weights that the model has; the `kind` returned then says that these were not in the file).
+    weights that the model has; the `kind` returned then says that these were not in the file). onto: `name` must be
+    an adapter, and is folded into the weights that the model has, whatever `base` it names.
     """
     path = find_file(name)
     state, metadata = read_weights(path)
@@ -1672,8 +1679,11 @@ def load_checkpoint(model, name, ema=True):
         if any(key.startswith(sign) for key in state):
             raise InputError(f'{path} is {what}, not generator weights')
     state = native_keys(state, model.state_dict())
+    alone = all('.lora_' in key for key in state)
+    if onto and not alone:
+        raise InputError(f'{path} is no LoRA adapter: a whole generator goes to --checkpoint')
     if any('.lora_' in key for key in state):
-        if all('.lora_' in key for key in state):
+        if alone and not onto:
             if 'base' in metadata:
                 load_checkpoint(model, metadata['base'])
             else:
@@ -1797,6 +1807,10 @@ class Process:
         """Context of a backward pass; gradients are averaged over processes only when it is the step's last one."""
         return contextlib.nullcontext() if self.world == 1 or now else model.no_sync()
 
+    def forget_gradients(self, optimizer):
+        """Their memory is freed; but DDP's buckets stay, of which they are views: freed, they would come twice."""
+        optimizer.zero_grad(set_to_none=self.world == 1)
+
     def mean(self, tensor):
         """The tensor, averaged over processes."""
         if self.world > 1:
@@ -1841,6 +1855,9 @@ def processes(device=None):
         if not torch.cuda.is_available():
             raise InputError('no CUDA device is available here: use --device cpu')
         device = torch.device('cuda', local if device.index is None else device.index)
+        if device.index >= torch.cuda.device_count():
+            raise InputError(f'there is no {device}: this machine has {torch.cuda.device_count()} GPUs, and each '
+                             'process takes one')
         torch.cuda.set_device(device)
     if world > 1:
         # Before the group exists: imported later, as DDP does, its functions' defaults would hold the group, whose
@@ -1951,7 +1968,7 @@ def parse_stage(p, stage, argv=None):
     if args.height < 16 or args.width < 16 or args.height % 16 or args.width % 16:
         raise InputError(f'{args.width}x{args.height} pixels: width and height must be positive multiples of 16')
     for name, low in (('steps', 1), ('batch', 1), ('accum', 1), ('save_every', 1), ('keep_every', 0),
-                      ('sample_every', 0), ('chunk', 1)):
+                      ('sample_every', 0), ('chunk', 1), ('fps', 1)):
         if (value := getattr(args, name, None)) is not None and value < low:
             raise InputError(f'--{name.replace("_", "-")} {value} must be at least {low}')
     if (keep := getattr(args, 'keep_every', 0)) and keep % args.save_every:

@@ -201,7 +201,7 @@ def test_other_settings_run_and_leave_a_generator(clip_folder, tmp_path):
     folder, _ = clip_folder
     start = wc.load_dit(ROOT / "tests/tiny").state_dict()
     wc.save_checkpoint(tmp_path / "start.safetensors", start, kind="causal", chunk=3, timesteps="1000,900,750,500")
-    settings = {"full": ["--lora-rank", 0, "--kl", 0.01], "em": ["--policy", "em", "--em-noise", 0.8],
+    settings = {"full": ["--lora-rank", 0, "--kl", 0.01], "em": ["--policy", "em", "--em-noise", 0.8, "--kl", 0.01],
                 "again": ["--updates", 2, "--rewards", "clip=2", "aesthetic=1", "smoothness=0.75",
                           "--aesthetic-head", folder / "head.pth"]}
     for name, flags in settings.items():
@@ -211,6 +211,7 @@ def test_other_settings_run_and_leave_a_generator(clip_folder, tmp_path):
         result = load_file(tmp_path / name / "model.safetensors")
         assert set(result) == set(start) and any(not torch.equal(result[k], start[k]) for k in start)
         assert (tmp_path / name / "lora/adapter_config.json").exists() == (name != "full")
+        assert ("kl" in json.loads((tmp_path / name / "metrics.jsonl").read_text())) == ("--kl" in flags)
 
 
 def test_a_reward_that_is_not_a_number_stops_the_run_in_words(tmp_path):

@@ -71,7 +71,7 @@ def test_goes_on_from_a_video_and_from_an_image(tmp_path, causal):
                        "--out", tmp_path / out)
                    for frames, init, out in ((9, "video.mp4", "none.mp4"), (21, "image.png", "1.mp4"),
                                              (21, "video.mp4", "9.mp4")))
-    assert on.returncode == 2 and "already has 9 usable frames: --frames 9 must be more" in on.stderr
+    assert on.returncode == 2 and "already has 9 frames or more: --frames 9 must be more" in on.stderr
     assert not (tmp_path / "none.mp4").exists()
     for done, kept in zip(others, (1, 9)):
         assert done.returncode == 0, done.stderr
@@ -88,9 +88,12 @@ def test_pictures_of_every_kind_to_start_from(tmp_path):
     for mode in ("L", "LA", "RGB", "RGBA", "P"):
         image.convert(mode).save(tmp_path / f"{mode}.png")
     image.save(tmp_path / "gray.jpg", quality=100)
+    exif, half = Image.Exif(), Image.fromarray(gray[::2, ::2])
+    exif[0x112] = 6  # stored on its side, as a phone held upright does; and with a smaller picture after it
+    image.rotate(90).save(tmp_path / "phone.jpg", "MPO", quality=100, exif=exif, save_all=True, append_images=[half])
     expected = torch.from_numpy(gray).float().expand(3, -1, -1) / 127.5 - 1
     for file in sorted(tmp_path.iterdir()):
-        frames = generate.read_frames(file, 64, 64)
+        frames = generate.read_frames(file, 64, 64, limit=5)
         assert frames.shape == (1, 3, 1, 64, 64)
         assert (frames[0, :, 0] - expected).abs().max() < 0.02, file
 
@@ -145,6 +148,7 @@ BAD = [
     ([PROMPT, "--checkpoint", "tests/tiny/vae/diffusion_pytorch_model.safetensors"], "is a VAE, not generator weights"),
     ([PROMPT, "--checkpoint", "tests/tiny/reward_model/ImageReward.safetensors"], "is an ImageReward model"),
     ([PROMPT, "--frames", 0], "--frames 0 is not 1 + 4k"),
+    ([PROMPT, "--fps", 0], "--fps 0 must be at least 1"),
     ([PROMPT, "--frames", 82], "--frames 82 is not 1 + 4k: take 81 or 85"),
     ([PROMPT, "--width", 65], "multiples of 16"),
     ([PROMPT, "--chunk", 0], "--chunk 0 must be at least 1"),
@@ -202,5 +206,6 @@ def test_compiling_without_a_compiler_is_refused(tmp_path):
 
 
 def test_help_needs_no_model():
-    done = run("generate.py", "--help")
-    assert done.returncode == 0 and "--bidirectional" in done.stdout
+    for script, words in (("generate.py", "--bidirectional"), ("ode_init.py", "{sample,train}")):
+        done = run(script, "--help")
+        assert done.returncode == 0 and words in done.stdout

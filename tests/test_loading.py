@@ -1,11 +1,12 @@
 """Every layout of weights in the wild, built small on disk and loaded; and everything that must be refused."""
 import json
 import pickle
+import shutil
 
 import pytest
 import torch
 from conftest import SMALL, random_dit
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import wan_causal as wc
 
@@ -102,6 +103,38 @@ def test_lora_adapter_is_folded_into_the_base(tmp_path, wrap, default):
         folded = {k: state[k] + 2 * (v - state[k]) for k, v in folded.items()}
     for key, value in model.state_dict().items():
         torch.testing.assert_close(value, folded[key], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prefix, names", [("transformer.", wc.dit_diffusers_key), ("diffusion_model.", str),
+                                           ("base_model.model.", wc.dit_diffusers_key)])
+def test_lora_adapters_under_the_names_of_other_projects(tmp_path, prefix, names):
+    pairs, folded = lora_pairs(state_of(), ["blocks.0.self_attn.q", "blocks.1.cross_attn.o", "blocks.1.ffn.2"])
+    adapter = {f"{prefix}{names(f'{m}.weight').removesuffix('.weight')}.lora_{side}.weight": x
+               for m, pair in pairs.items() for side, x in zip("AB", pair)}
+    save_file(adapter, tmp_path / "lora.safetensors")
+    model = random_dit(0)
+    wc.load_checkpoint(model, tmp_path / "lora.safetensors")
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, folded[key], atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_for_given_weights_ignores_its_own_base(tmp_path):
+    pairs, folded = lora_pairs(OTHER, LORA_MODULES)
+    adapter = {f"{m}.lora_{side}.weight": x for m, pair in pairs.items() for side, x in zip("AB", pair)}
+    wc.save_checkpoint(tmp_path / "lora.safetensors", adapter, kind="causal", base="a/file/of/another/machine")
+    model = random_dit(5)  # OTHER
+    assert wc.load_checkpoint(model, tmp_path / "lora.safetensors", onto=True)["kind"] == "causal"
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, folded[key], atol=1e-5, rtol=1e-5)
+    wc.save_checkpoint(tmp_path / "whole.safetensors", OTHER)
+    with pytest.raises(wc.InputError, match="is no LoRA adapter"):
+        wc.load_checkpoint(model, tmp_path / "whole.safetensors", onto=True)
+
+
+def test_an_adapter_is_folded_where_the_weights_are():
+    pair = {"a.lora_A.weight": torch.ones(2, 4), "a.lora_B.weight": torch.ones(3, 2)}
+    folded = wc.fold_lora(pair, {"a.weight": torch.ones(3, 4, device="meta")})
+    assert folded["a.weight"].device.type == "meta"  # as it would be a GPU's
 
 
 def test_a_lora_adapter_alone_is_no_generator_and_peft_tells_its_alpha(tmp_path):
@@ -305,6 +338,33 @@ def test_wans_own_layout(tmp_path, shards):
     assert out.shape == (2, 32, 32)
     assert (out[0, 4:] == 0).all() and (out[0, 3] != 0).any()  # a red circle </s>, then zero rows
     assert (out[1, 2:] == 0).all()
+    assert text.encoder.encoder.embed_tokens.weight is text.encoder.shared.weight  # 2 GB in the real one
+
+
+def test_words_outside_the_vocabulary(tmp_path):
+    """Wan's tokenizer has <s> 2 and <unk> 3, and its config names a class that would take 2 for the latter."""
+    from tokenizers import Tokenizer, models
+    write_original(tmp_path / "wan")
+    folder = tmp_path / "wan/google/umt5-xxl"
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<s>", 0.0), ("<unk>", 0.0), ("a", -1.0)]
+    Tokenizer(models.Unigram(pieces, unk_id=3)).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "T5Tokenizer", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>",
+        "model_max_length": 32}))
+    assert wc.load_text_encoder(tmp_path / "wan").tokenizer("a\N{LLAMA}").input_ids[:2] == [4, 3]
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda file: save_file({k: v for k, v in load_file(file).items() if ".wo." not in k}, file), "tensors are missing"),
+    (lambda file: file.write_bytes(file.read_bytes()[:5000]), "cannot load the text encoder")])
+def test_a_damaged_text_encoder_of_diffusers(tmp_path, damage, words):
+    shutil.copytree("tests/tiny/text_encoder", tmp_path / "text_encoder")
+    shutil.copytree("tests/tiny/tokenizer", tmp_path / "tokenizer")
+    (tmp_path / "model_index.json").write_text("{}")
+    wc.load_text_encoder(tmp_path)
+    damage(tmp_path / "text_encoder/model.safetensors")
+    with pytest.raises(wc.InputError, match=words):
+        wc.load_text_encoder(tmp_path)
 
 
 def test_a_prompt_is_encoded_once_and_alone(tmp_path):

@@ -267,7 +267,7 @@ def test_the_papers_settings_are_the_defaults_of_their_history():
     causal = ["--student", "causal", "--init", "x", "--history"]
     raven, own, data = (defaults(*causal, history) for history in ("raven", "self-forcing", "diffusion-forcing"))
     assert (raven.ratio, raven.lr, raven.critic_lr, raven.ema, raven.guidance, raven.steps, raven.accum) == \
-        (2, 2e-6, 4e-7, 0.9675, 3.0, 300, 4) and raven.chunk_weight_shift == -1
+        (2, 2e-6, 4e-7, 0.9675, 3.0, 150, 4) and raven.chunk_weight_shift == -1
     assert (own.ratio, own.guidance, own.ema, own.ema_start, own.beta1) == (5, 4, 0.99, 40, 0)
     assert own.chunk_weight_shift == 0 and (own.steps, data.steps) == (120, 200)  # 600 and 1000 critic updates
     assert (data.ratio, data.guidance, data.shift, data.critic_lr, data.beta1) == (5, 4.5, 8.0, 2e-6, 0.9)
@@ -456,14 +456,16 @@ def metrics(folder):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_two_ranks_with_half_the_batch_equal_one_process(stage, made, tmp_path):
+def test_two_ranks_and_accumulation_equal_one_process_with_the_whole_batch(stage, made, tmp_path):
     """Also: two steps as plain python and under torchrun, there with recomputed activations (the default at full size),
     with sample videos and a usable result."""
     args = [*command(stage, made), *FEW, "--lr", 1e-4, "--steps", 2]
     args += {"reward_forcing": ["--reward-frames", "all"],  # gradient in every chunk
              "self-forcing": ["--reward-weight", 0.5, "--rollout-frames", 25]}.get(stage, [])
-    one, two = alone_and_under_torchrun(args, ["--sample-every", 2, "--out", tmp_path / "one"], [
-        "--sample-every", 0, "--batch", 1, "--checkpointing", "--out", tmp_path / "two"])
+    batch, accum = (4, 2) if stage in ("ode_init", "raven") else (2, 1)
+    share = [] if stage == "cm_grpo" else ["--accum", accum]  # which has 2 of its own
+    one, two = alone_and_under_torchrun(args, ["--batch", batch, "--sample-every", 2, "--out", tmp_path / "one"], [
+        "--sample-every", 0, "--batch", 1, *share, "--checkpointing", "--out", tmp_path / "two"])
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     start = wc.load_dit(TINY).state_dict()  # LoRA's B starts at zero
     a, b = (torch.load(tmp_path / name / "state.pt", weights_only=True)["parts"]["generator"]
@@ -616,10 +618,13 @@ BAD = [
     (["distill_dmd.py", "--student", "causal", "--init", "{student}"], "but kind = causal is needed here"),
     (["distill_dmd.py", "--student", "causal", "--history", "raven", "--init", "{ode}", "--rollout-frames", 61],
      "--rollout-frames 61 needs --history self-forcing"),
+    (["distill_dmd.py", "--student", "causal", "--init", "{ode}", "--rollout-frames", 61],
+     "--rollout-frames 61 is not --frames 57 and whole chunks of 12 frames: take 69"),
     (["distill_dmd.py", "--student", "causal", "--history", "teacher-forcing", "--init", "{ode}", "--data", "{data}"],
      "holds latents (16, 4, 4, 4), but the flags ask for (16, 15, 8, 8)"),
     (["cm_grpo.py", "--model", "Wan-AI/x"], "no --init: CM-GRPO starts from a causal few-step generator"),
     (["cm_grpo.py", "--init", "{ode}", "--group", 1], "--group 1 must be at least 2"),
+    (["cm_grpo.py", "--init", "{ode}", "--policy", "em", "--em-noise", 0], "--em-noise 0.0 must be positive"),
     (["cm_grpo.py", "--init", "{ode}", "--group", 3, "--prompts-per-step", 3, "--batch", 2], "do not divide into"),
     (["cm_grpo.py", "--init", "{ode}", "--rewards", "beauty=1"], "--rewards beauty cannot be loaded"),
     (["cm_grpo.py", "--init", "{ode}", "--rewards", "motion=much"], "much is not a number"),
