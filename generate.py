@@ -25,7 +25,7 @@ from tqdm import tqdm
 from wan_causal import (MAX_POSITION, NEGATIVE_PROMPT, Help, InputError, check_writable, chunk_sizes,
                         compile_for_inference, compute_dtype, find_folder, format_steps, gaussian, latent_frames,
                         load_checkpoint, load_dit, load_text_encoder, load_vae, machine_flags, model_defaults,
-                        ode_trajectory, parse_stage, processes, read_lines, require, rollout, run_script,
+                        ode_trajectory, parse_stage, peak_memory, processes, read_lines, require, rollout, run_script,
                         saved_steps, seeded, sigma_schedule, to_frames, warped_steps)
 
 
@@ -290,9 +290,8 @@ def bench_table(clock, args, dtype, process):
             ('first chunk, without text', f'{seconds["first"] - seconds["text"]:.3f} s'),
             ('end to end', f'{seconds["total"]:.3f} s'),
             ('end to end, without text', f'{args.frames / (seconds["total"] - seconds["text"]):.2f} FPS'),
-            ('DiT alone', f'{args.frames / seconds["DiT"]:.2f} FPS')]
-    if process.device.type == 'cuda':
-        rows.append(('peak memory', f'{torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB'))
+            ('DiT alone', f'{args.frames / seconds["DiT"]:.2f} FPS'),
+            ('peak memory', f'{peak_memory(process.device):.2f} GiB')]
     process.print('\n'.join(f'{name:<28}{value}' for name, value in rows))
 
 
