@@ -756,7 +756,7 @@ class Resample(nn.Module):
                 return first
         B, C, T, H, W = x.shape
         x = self.time_conv(x, cache).view(B, 2, C, T, H, W).permute(0, 3, 1, 4, 5, 2)  # (B, T, 2, H, W, C)
-        x = x.reshape(B, 2 * T, H, W, C).movedim(-1, 1)
+        x = x.reshape(B, 2 * T, H, W, C).contiguous().movedim(-1, 1)  # for T = 1 the reshape is but a view
         return x if first is None else torch.cat([first, x], dim=2)
 
     def halve_time(self, x, cache):
@@ -896,18 +896,19 @@ class WanVAE(nn.Module):
         mu = self.conv1(torch.cat(parts, dim=2))[:, :self.z_dim]
         return (mu.float() - self.mean) / self.std
 
-    def decode(self, latents, cache=None):
+    def decode(self, latents, cache=None, at_once=1):
         """Normalised latents (B, z_dim, F, h, w) -> video (B, 3, T, 8h, 8w) in [-1, 1], float32.
 
         Without a cache (or with an empty dict) the first latent frame gives one video frame and each later one
         four; with the dict of an earlier call every latent frame gives four, and decoding goes on seamlessly.
+        at_once: how many latent frames pass the decoder together; 1 takes least memory, more are faster.
         """
         if latents.ndim != 5 or latents.shape[1] != self.z_dim:
             raise ValueError(f'cannot decode latents of shape {tuple(latents.shape)}: '
                              f'expected (B, {self.z_dim}, F, H/8, W/8)')
         cache = {} if cache is None else cache
         z = self.conv2((latents * self.std + self.mean).to(self.conv2.weight.dtype))
-        video = [self.decoder(frame, cache) for frame in z.split(1, dim=2)]  # one at a time: least memory
+        video = [self.decoder(part, cache) for part in z.split(at_once, dim=2)]
         return torch.cat(video, dim=2).float().clamp(-1, 1)
 
     def decode_last(self, latents):

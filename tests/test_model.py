@@ -477,6 +477,7 @@ def test_streamed_decode_equals_whole(vae, cuts):
     whole = vae.decoder(vae.conv2(z * vae.std + vae.mean)).clamp(-1, 1)
     assert streamed.shape == (2, 3, 17, 16, 24)
     close(streamed, whole)
+    close(vae.decode(z, at_once=max(cuts)), whole)
 
 
 def test_streamed_encode_equals_whole(vae):
