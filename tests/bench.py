@@ -401,11 +401,11 @@ def fake_generation(config, bidirectional, size, batch):
     text = torch.zeros(batch, config.text_len, config.text_dim)
     if bidirectional:
         *_, x = ode_trajectory(model, noise, text, text, [0.999, 0.8, 0.5, 0.0])
-        vae.decode(x)
+        vae.decode(x, at_once=3)
         return
     memory = {}
     for chunk in rollout(model, noise, text, warped_steps(), chunk_sizes(noise.shape[2])):
-        vae.decode(chunk.x0, memory)
+        vae.decode(chunk.x0, memory, at_once=3)
 
 
 def memory(args):
