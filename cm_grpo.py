@@ -434,7 +434,8 @@ def train(args, process):
                 result = folded(net, ema.average, args.lora_alpha / max(1, args.lora_rank))
                 if args.lora_rank:
                     save_adapter(run.folder / 'lora', ema.average, args, timesteps=format_steps(steps, 10), chunk=chunk)
-            run.save(result, steps, kind='causal', chunk=chunk, config=net.config)
+            run.save(result, steps, kind='causal', chunk=chunk, config=net.config,
+                     shift=metadata.get('shift', 5.0))
 
 
 if __name__ == '__main__':

@@ -355,7 +355,8 @@ def train(args, process):
                 for _ in run.samples(net, vae, text, held_out, shape, steps, chunk_sizes(F, chunk)):
                     pass
         if run.due(args.save_every):
-            run.save(ema.average, steps, kind=args.student, history=args.history, chunk=chunk, config=net.config)
+            run.save(ema.average, steps, kind=args.student, history=args.history, chunk=chunk, config=net.config,
+                     shift=metadata.get('shift', args.shift))
 
 
 if __name__ == '__main__':

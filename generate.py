@@ -16,6 +16,7 @@ import itertools
 import json
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import imageio
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from wan_causal import (MAX_POSITION, NEGATIVE_PROMPT, Help, InputError, check_writable, chunk_sizes,
                         compile_for_inference, compute_dtype, find_folder, format_steps, gaussian, latent_frames,
                         load_checkpoint, load_dit, load_text_encoder, load_vae, machine_flags, model_defaults,
-                        ode_trajectory, parse_stage, processes, read_lines, require, rollout, run_script,
+                        ode_trajectory, parse_stage, peak_memory, processes, read_lines, require, rollout, run_script,
                         saved_steps, seeded, sigma_schedule, to_frames, warped_steps)
 
 
@@ -200,7 +201,7 @@ def decoded(clock, vae, steps, kept=None):
     while (latents := clock.measure('DiT', next, steps, None)) is not None:
         if kept is not None:
             kept.append(latents)
-        yield clock.measure('decoder', vae.decode, latents, cache)[0]
+        yield clock.measure('decoder', vae.decode, latents, cache, at_once=3)[0]
 
 
 def overlapping(clock, vae, args, rolled):
@@ -264,13 +265,18 @@ def generate(parts, args, prompt, seed, path, process, negative, init):
     temporary = path.with_name(f'.{path.stem}.part.mp4')  # the same name again after a kill
     try:
         with imageio.get_writer(temporary, fps=args.fps, quality=8, macro_block_size=2) as writer, \
+                ThreadPoolExecutor(1) as side, \
                 tqdm(total=args.frames, unit='frame', desc=path.name[:30], disable=args.quiet) as bar:
+            written = []
             for piece in pieces:
                 frames = to_frames(piece)
                 clock.seconds.setdefault('first', [clock.now()])
-                for frame in frames:
-                    writer.append_data(frame)
+                for frame in written:
+                    frame.result()  # of the piece before; raises what went wrong
+                written = [side.submit(writer.append_data, frame) for frame in frames]  # while the next one is made
                 bar.update(len(frames))
+            for frame in written:
+                frame.result()
         temporary.replace(path)
     except OSError as error:
         raise InputError(f'cannot write {path}: {error.strerror or error}') from error
@@ -290,9 +296,8 @@ def bench_table(clock, args, dtype, process):
             ('first chunk, without text', f'{seconds["first"] - seconds["text"]:.3f} s'),
             ('end to end', f'{seconds["total"]:.3f} s'),
             ('end to end, without text', f'{args.frames / (seconds["total"] - seconds["text"]):.2f} FPS'),
-            ('DiT alone', f'{args.frames / seconds["DiT"]:.2f} FPS')]
-    if process.device.type == 'cuda':
-        rows.append(('peak memory', f'{torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB'))
+            ('DiT alone', f'{args.frames / seconds["DiT"]:.2f} FPS'),
+            ('peak memory', f'{peak_memory(process.device):.2f} GiB')]
     process.print('\n'.join(f'{name:<28}{value}' for name, value in rows))
 
 

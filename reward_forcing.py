@@ -153,7 +153,8 @@ def train(args, process):
             metrics |= {'held_out': (sums[0] / sums[2]).item(), 'held_out_motion': (sums[1] / sums[2]).item()}
         run.report(**metrics)
         if run.due(args.save_every):
-            run.save(ema.average, steps, kind='causal', chunk=chunk, config=net.config)
+            run.save(ema.average, steps, kind='causal', chunk=chunk, config=net.config,
+                     shift=metadata.get('shift', 5.0))
 
 
 if __name__ == '__main__':

@@ -403,24 +403,31 @@ CONFIGS = {
 MAX_POSITION = 1024  # rows of Wan's RoPE tables
 
 
+@functools.lru_cache(maxsize=8)
+def rope_axis(count, device):
+    """cos and sin (1024, count, 2) of the `count` angles of each position along one axis."""
+    theta = 10000.0 ** (-torch.arange(count, dtype=torch.float64) / count)
+    angles = torch.arange(MAX_POSITION)[:, None] * theta
+    return torch.stack([angles.cos(), angles.sin()], dim=-1).float().to(device)
+
+
 @functools.lru_cache(maxsize=64)
 def rope_table(position, height, width, head_dim, device):
     """cos and sin (L, 1, D/2, 2) of each token's angles: D/2 - 2(D/6) of them for time, D/6 for height and for width.
 
-    position: the RoPE position of each latent frame; height and width in tokens. Wan's tables end at 1024.
+    position: the RoPE position of each latent frame; height and width in tokens. Wan's tables end at 1024; they are on
+    the device once, so that a new chunk's table is made of views and waits for nothing.
     """
     highest = max(*position, height - 1, width - 1)
     if highest >= MAX_POSITION:
         raise ValueError(f'position {highest} is past the RoPE table: Wan has {MAX_POSITION} positions per axis '
                          f'({1 + 4 * (MAX_POSITION - 1)} video frames)')
     n = head_dim // 2
-    grid = torch.meshgrid(torch.tensor(position), torch.arange(height), torch.arange(width), indexing='ij')
-    angles = []
-    for axis, count in zip(grid, (n - 2 * (n // 3), n // 3, n // 3)):
-        theta = 10000.0 ** (-torch.arange(count, dtype=torch.float64) / count)
-        angles.append(axis.flatten()[:, None] * theta)
-    angles = torch.cat(angles, dim=1).unsqueeze(1)  # (L, 1, D/2)
-    return torch.stack([angles.cos(), angles.sin()], dim=-1).float().to(device)
+    time, space = rope_axis(n - 2 * (n // 3), device), rope_axis(n // 3, device)
+    parts = (torch.stack([time[p] for p in position])[:, None, None], space[None, :height, None],
+             space[None, None, :width])
+    table = torch.cat([x.expand(len(position), height, width, -1, 2) for x in parts], dim=3)  # (F, h, w, D/2, 2)
+    return table.flatten(0, 2).unsqueeze(1)
 
 
 def rotate(x, rope):
@@ -756,7 +763,7 @@ class Resample(nn.Module):
                 return first
         B, C, T, H, W = x.shape
         x = self.time_conv(x, cache).view(B, 2, C, T, H, W).permute(0, 3, 1, 4, 5, 2)  # (B, T, 2, H, W, C)
-        x = x.reshape(B, 2 * T, H, W, C).movedim(-1, 1)
+        x = x.reshape(B, 2 * T, H, W, C).contiguous().movedim(-1, 1)  # for T = 1 the reshape is but a view
         return x if first is None else torch.cat([first, x], dim=2)
 
     def halve_time(self, x, cache):
@@ -896,18 +903,19 @@ class WanVAE(nn.Module):
         mu = self.conv1(torch.cat(parts, dim=2))[:, :self.z_dim]
         return (mu.float() - self.mean) / self.std
 
-    def decode(self, latents, cache=None):
+    def decode(self, latents, cache=None, at_once=1):
         """Normalised latents (B, z_dim, F, h, w) -> video (B, 3, T, 8h, 8w) in [-1, 1], float32.
 
         Without a cache (or with an empty dict) the first latent frame gives one video frame and each later one
         four; with the dict of an earlier call every latent frame gives four, and decoding goes on seamlessly.
+        at_once: how many latent frames pass the decoder together; 1 takes least memory, more are faster.
         """
         if latents.ndim != 5 or latents.shape[1] != self.z_dim:
             raise ValueError(f'cannot decode latents of shape {tuple(latents.shape)}: '
                              f'expected (B, {self.z_dim}, F, H/8, W/8)')
         cache = {} if cache is None else cache
         z = self.conv2((latents * self.std + self.mean).to(self.conv2.weight.dtype))
-        video = [self.decoder(frame, cache) for frame in z.split(1, dim=2)]  # one at a time: least memory
+        video = [self.decoder(part, cache) for part in z.split(at_once, dim=2)]
         return torch.cat(video, dim=2).float().clamp(-1, 1)
 
     def decode_last(self, latents):
@@ -1368,6 +1376,23 @@ def reward_gradient(reward, vae, latents, prompts, frames, past=None):
 # ----------------------------------------------------------------------------------------------------------
 # Loading: model folders and hub repositories in both public layouts, and every generator checkpoint in the wild
 
+def loads(what):
+    """Decorator of a function that loads `what`: however a file is damaged, one sentence names it."""
+    def decorate(load):
+        @functools.wraps(load)
+        def wrapped(*args, **kwargs):
+            try:
+                return load(*args, **kwargs)
+            except InputError:
+                raise
+            except Exception as error:
+                name = next(x for x in (*args, *kwargs.values()) if isinstance(x, (str, Path)))
+                why = f'{type(error).__name__}: {first_line(error)}'
+                raise InputError(f'cannot load {what} of {name} ({why})') from error
+        return wrapped
+    return decorate
+
+
 def rename(key, pairs):
     """Replace key pieces. A piece that starts with a dot is replaced anywhere, any other only at the front."""
     for old, new in pairs:
@@ -1521,6 +1546,7 @@ def load_config(folder):
                      patch_size=raw['patch_size'], eps=raw['eps'])
 
 
+@loads('the DiT')
 def load_dit(name, dtype=torch.float32, device='cpu'):
     """The DiT of a model folder or hub repository."""
     folder = find_folder(name, ['*.json', 'diffusion_pytorch_model*', 'transformer/*'])
@@ -1530,6 +1556,7 @@ def load_dit(name, dtype=torch.float32, device='cpu'):
     return load_exactly(model, native_keys(state, model.state_dict()), folder).to(device, dtype)
 
 
+@loads('the VAE')
 def load_vae(name, dtype=torch.float32, device='cpu'):
     """The VAE of a model folder or hub repository; sizes as the weights say."""
     folder = find_folder(name, ['*.json', 'Wan2.1_VAE.pth', 'vae/*'])
@@ -1566,23 +1593,20 @@ def vae_sizes(state, source):
         raise InputError(f'{source} is not a Wan 2.1 VAE: its keys are not those of Wan2.1_VAE.pth') from error
 
 
+@loads('the text encoder')
 def load_text_encoder(name, dtype=torch.float32, device='cpu', offload=False):
     """The UMT5 encoder and tokenizer of a model folder or hub repository, as a `TextEncoder`."""
     from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
     file = 'models_t5_umt5-xxl-enc-bf16.pth'
     folder = find_folder(name, ['*.json', file, 'google/umt5-xxl/*', 'text_encoder/*', 'tokenizer/*'])
-    words = folder / ('tokenizer' if is_diffusers(folder) else 'google/umt5-xxl')
-    try:
-        # By tokenizer.json, not AutoTokenizer: the T5Tokenizer that Wan's config names has another unknown word.
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(words)
-        if is_diffusers(folder):
-            encoder, info = UMT5EncoderModel.from_pretrained(folder / 'text_encoder', dtype=dtype,
-                                                             output_loading_info=True)
-            if info['missing_keys']:
-                raise ValueError(f'{len(info["missing_keys"])} of its tensors are missing')
-            return TextEncoder(encoder, tokenizer, device, offload)
-    except Exception as error:
-        raise InputError(f'cannot load the text encoder of {folder}: {first_line(error)}') from error
+    # By tokenizer.json, not AutoTokenizer: the T5Tokenizer that Wan's config names has another unknown word.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(
+        folder / ('tokenizer' if is_diffusers(folder) else 'google/umt5-xxl'))
+    if is_diffusers(folder):
+        encoder, info = UMT5EncoderModel.from_pretrained(folder / 'text_encoder', dtype=dtype, output_loading_info=True)
+        if info['missing_keys']:
+            raise InputError(f'{folder}/text_encoder lacks {len(info["missing_keys"])} of its tensors')
+        return TextEncoder(encoder, tokenizer, device, offload)
     state = {t5_key(key): value for key, value in read_weights(folder / file)[0].items()}
     attention = 'encoder.block.0.layer.0.SelfAttention.'
     (vocab, d_model), heads = state['shared.weight'].shape, state[attention + 'relative_attention_bias.weight'].shape[1]
@@ -1598,6 +1622,7 @@ def load_text_encoder(name, dtype=torch.float32, device='cpu', offload=False):
     return TextEncoder(encoder.to(dtype), tokenizer, device, offload)
 
 
+@loads('the reward model')
 def load_image_reward(name, device='cpu'):
     """ImageReward from a folder or hub repository: ImageReward.pt (the published sizes), or ImageReward.safetensors
     with its sizes as JSON under `config` in the metadata. Words: a tokenizer/ beside it, else bert-base-uncased."""
@@ -1607,11 +1632,8 @@ def load_image_reward(name, device='cpu'):
     if file is None:
         raise InputError(f'{folder} holds neither ImageReward.pt nor ImageReward.safetensors')
     state, metadata = read_weights(file)
-    words = folder / 'tokenizer' if (folder / 'tokenizer').is_dir() else 'bert-base-uncased'
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(words)
-    except (OSError, ValueError) as error:
-        raise InputError(f'cannot load the tokenizer {words} of ImageReward: {first_line(error)}') from error
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder / 'tokenizer' if (folder / 'tokenizer').is_dir() else 'bert-base-uncased')
     model = ImageReward(tokenizer, **json.loads(metadata.get('config', '{}')))
     names = {ImageReward.published_key(key): key for key in model.state_dict()}
     unused = ('blip.vision_proj.', 'blip.text_proj.', 'blip.text_encoder.embeddings.position_ids')
@@ -1657,13 +1679,15 @@ def fold_lora(state, base, scale=1.0):
     for module in modules:
         A, B = (state.get(f'{module}.lora_{side}.weight') for side in 'AB')
         weight = full.get(f'{module}.weight')
-        if A is None or B is None or weight is None or (B.shape[0], A.shape[1]) != tuple(weight.flatten(1).shape):
+        if A is None or B is None or weight is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] \
+                or (B.shape[0], A.shape[1]) != tuple(weight.flatten(1).shape):
             raise InputError(f'the LoRA of {module} does not fit this model')
         update = scale * (B.float() @ A.float()).view(weight.shape)
         full[f'{module}.weight'] = (weight.float() + update.to(weight.device)).to(weight.dtype)
     return full
 
 
+@loads('the generator')
 def load_checkpoint(model, name, ema=True, onto=False):
     """Load generator weights into a DiT from any layout of the field; return the file's metadata (a dict of str).
 
@@ -1678,7 +1702,7 @@ def load_checkpoint(model, name, ema=True, onto=False):
     wrappers = ['generator_ema', 'generator', 'generator_lora', 'model', 'state_dict']
     wrappers = wrappers if ema else wrappers[1:] + wrappers[:1]
     state = next((state[w] for w in wrappers if isinstance(state, dict) and isinstance(state.get(w), dict)), state)
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
         raise InputError(f'{path} holds no state dict: expected tensors, or one of {", ".join(wrappers)}')
     for what, sign in (('an ImageReward model', 'blip.'), ('a VAE', 'encoder.downsamples.'),
                        ('a VAE', 'encoder.down_blocks.'), ('a text encoder', 'token_embedding.'),
@@ -1743,7 +1767,10 @@ def replace_file(path, write):
 
 def saved_steps(metadata):
     """The few-step timesteps in a checkpoint's metadata, [] if it names none."""
-    return [float(t) for t in metadata.get('timesteps', '').split(',') if t]
+    try:
+        return [float(t) for t in metadata.get('timesteps', '').split(',') if t]
+    except ValueError as error:
+        raise InputError(f'the checkpoint names the timesteps {metadata["timesteps"]}, which are no numbers') from error
 
 
 def require(metadata, path, **wanted):
@@ -1982,6 +2009,9 @@ def parse_stage(p, stage, argv=None):
         raise InputError(f'--keep-every {keep} must be a multiple of --save-every {args.save_every}')
     if stage != 'generate' and not 0 <= args.seed < 1 << 24:  # see `sample_generators`
         raise InputError(f'--seed {args.seed} must be from 0 to {(1 << 24) - 1}')
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f'--{name.replace("_", "-")} {value} is no number')
     if (shift := getattr(args, 'shift', None)) is not None and shift <= 0:
         raise InputError(f'--shift {args.shift} must be positive')
     return args

@@ -26,6 +26,7 @@ from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,7 +41,7 @@ import ode_init  # noqa: E402
 import reward_forcing  # noqa: E402
 from wan_causal import (  # noqa: E402
     CONFIGS, ImageReward, KVCache, Process, WanConfig, WanModel, WanVAE, block_causal, chunk_sizes,
-    compile_for_inference, compute_dtype, dit_diffusers_key, latent_frames, ode_trajectory, rollout,
+    compile_for_inference, compute_dtype, dit_diffusers_key, latent_frames, ode_trajectory, rollout, to_frames,
     vae_diffusers_key, warped_steps)
 
 SIZES = {**CONFIGS, 'middle': WanConfig(dim=512, ffn_dim=2048, num_heads=8, num_layers=8, text_dim=64, text_len=32)}
@@ -86,6 +87,32 @@ class Bench:
         a, b = (torch.randn(n, n, device=self.device, dtype=self.dtype) for _ in range(2))
         return 2 * n ** 3 / self.seconds(lambda: a @ b)[0]
 
+    def bandwidth(self):
+        """Bytes per second of a large copy, read and written."""
+        a = torch.zeros(2 ** (30 if self.cuda else 26), device=self.device, dtype=torch.uint8)
+        b = torch.empty_like(a)
+        return 2 * len(a) / self.seconds(lambda: b.copy_(a))[0]
+
+    def text(self, config):
+        """Seconds of encoding a prompt of text_len tokens with random weights: UMT5-XXL, or the tiny encoder."""
+        from transformers import UMT5Config, UMT5EncoderModel
+        sizes = dict(d_kv=64, d_ff=10240, num_heads=64, num_layers=24, vocab_size=256384) \
+            if config.text_dim == 4096 else dict(d_kv=16, d_ff=128, num_heads=4, num_layers=2, vocab_size=64)
+        with torch.device('meta'):
+            encoder = UMT5EncoderModel(UMT5Config(d_model=config.text_dim, feed_forward_proj='gated-gelu', **sizes))
+        encoder = encoder.to(self.dtype).to_empty(device=self.device).eval()
+        for weight in encoder.parameters():
+            torch.nn.init.normal_(weight, std=0.02)
+        tokens = torch.ones(1, config.text_len, device=self.device, dtype=torch.long)
+        return self.seconds(lambda: encoder(input_ids=tokens))[0]
+
+    def attention(self, config, queries, keys):
+        """The kernel that torch picks for full attention."""
+        q, k = (torch.empty(1, config.num_heads, n, config.dim // config.num_heads, device=self.device,
+                            dtype=self.dtype) for n in (queries, keys))
+        return SDPBackend(torch._fused_sdp_choice(q, k, k)).name + (
+            f', cuDNN {torch.backends.cudnn.version()}' if self.cuda else '')
+
 
 def make_models(size, bench):
     """A DiT and a VAE with random weights; the DiT's head is not zero, as it is at the start of training."""
@@ -114,6 +141,7 @@ def decoder_flops(vae, shape):
 def generate(args):
     """Where the time of one streamed video goes, and how far it is from the machine's limit."""
     bench, config = Bench(args), SIZES[args.size]
+    text = bench.text(config)  # before the other models, and gone before they are made
     model, vae = make_models(args.size, bench)
     h, w, frames = picture(args)
     shape = (args.batch, 16, latent_frames(frames), h // 8, w // 8)
@@ -130,7 +158,8 @@ def generate(args):
         for chunk in rollout(model, noise, context, warped_steps(), chunks, cache=cache):
             mark()
             if decode:
-                vae.decode(chunk.x0, memory)
+                for clip in vae.decode(chunk.x0, memory, at_once=3):
+                    to_frames(clip)
             mark()
 
     for _ in range(args.warmup):
@@ -146,16 +175,20 @@ def generate(args):
     whole, alone = bench.seconds(video, lambda: video(decode=False))
     memory = torch.cuda.max_memory_allocated() / 2 ** 30 if bench.cuda else None
 
-    operations, seen = 0, 0
+    weights = sum(p.nbytes for p in model.parameters())
+    kept = 2 * config.num_layers * config.dim * tokens * args.batch * bench.dtype.itemsize  # of a latent frame
+    operations, traffic, seen = 0, 0, 0
     for i, n in enumerate(chunks):
         passes = len(warped_steps()) + (i < len(chunks) - 1)
         seen += n
         operations += passes * dit_flops(config, n * tokens, seen * tokens, config.text_len, args.batch)
-    speed, decoding = bench.flops(), decoder_flops(vae, shape)
+        traffic += passes * (weights + seen * kept)
+    speed, decoding, copied = bench.flops(), decoder_flops(vae, shape), bench.bandwidth()
     print(f'{args.size} at {w}x{h}, {frames} frames, batch {args.batch}, chunks of {args.chunk} latent frames'
           + (', compiled' if args.compile else ''))
     for name, value in [
-            ('DiT per chunk', ' '.join(f'{x:.3f}' for x in median[::2]) + ' s'),
+            ('attention', bench.attention(config, args.chunk * tokens, shape[2] * tokens)),
+            ('text', f'{text:.3f} s'), ('DiT per chunk', ' '.join(f'{x:.3f}' for x in median[::2]) + ' s'),
             ('decoder per chunk', ' '.join(f'{x:.3f}' for x in median[1::2]) + ' s'),
             ('first chunk', f'{statistics.median(row[0] + row[1] for row in rows):.3f} s'),
             ('end to end, without text', f'{whole:.3f} s, {args.batch * frames / whole:.2f} FPS'),
@@ -163,6 +196,8 @@ def generate(args):
             ('matrix product here', f'{speed / 1e12:.2f} TFLOP/s'),
             ('limit of the DiT', f'{operations / 1e12:.3f} TFLOP, {operations / speed:.3f} s: '
                                  f'{100 * operations / speed / alone:.0f} % reached'),
+            ('least traffic of the DiT', f'{traffic / 1e9:.2f} GB of weights, keys and values, {traffic / copied:.3f} s'
+                                         f' at {copied / 1e9:.0f} GB/s here'),
             ('limit of the decoder', f'{decoding / 1e12:.3f} TFLOP, {decoding / speed:.3f} s: '
                                      f'{100 * decoding / speed / max(whole - alone, 1e-9):.0f} % reached'),
             ('peak memory', f'{memory:.2f} GiB, without text encoder' if bench.cuda else 'not measured on a CPU')]:
@@ -199,9 +234,9 @@ def peers(args):
         rows.append((name, *bench.seconds(lambda: model(x, t, context), lambda: theirs(x, t, context)), same))
     z = torch.randn(1, 16, 6, h // 8, w // 8, device=bench.device, dtype=bench.dtype)
     scaled = (z.float() * vae.std + vae.mean).to(bench.dtype)
-    same = (vae.decode(z) - their_vae.decode(scaled).sample.float()).abs().max().item()
-    rows.append(('decode, 6 latent frames', *bench.seconds(lambda: vae.decode(z), lambda: their_vae.decode(scaled)),
-                 same))
+    same = (vae.decode(z, at_once=3) - their_vae.decode(scaled).sample.float()).abs().max().item()
+    rows.append(('decode, 6 latent frames', *bench.seconds(lambda: vae.decode(z, at_once=3),
+                                                           lambda: their_vae.decode(scaled)), same))
     for name, ours, other, same in rows:
         print(f'{name:<28}{ours:.3f} s  {other:.3f} s  {other / ours:.2f}x   largest difference {same:.1e}')
     if not args.compile:
@@ -366,11 +401,11 @@ def fake_generation(config, bidirectional, size, batch):
     text = torch.zeros(batch, config.text_len, config.text_dim)
     if bidirectional:
         *_, x = ode_trajectory(model, noise, text, text, [0.999, 0.8, 0.5, 0.0])
-        vae.decode(x)
+        vae.decode(x, at_once=3)
         return
     memory = {}
     for chunk in rollout(model, noise, text, warped_steps(), chunk_sizes(noise.shape[2])):
-        vae.decode(chunk.x0, memory)
+        vae.decode(chunk.x0, memory, at_once=3)
 
 
 def memory(args):

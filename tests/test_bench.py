@@ -1,10 +1,12 @@
-"""bench.py's simulated memory: its account in closed form, and the same with real tensors as with fake ones."""
+"""bench.py: its counts in closed form and against torch's, and simulated memory with real tensors as with fake ones."""
 import dataclasses
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import run
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -16,7 +18,7 @@ from wan_causal import CONFIGS, WanModel, WanVAE, reward_gradient  # noqa: E402
 @pytest.fixture(autouse=True)
 def no_fake_table_is_kept():
     yield
-    for table in (wan_causal.rope_table, wan_causal.per_channel):
+    for table in (wan_causal.rope_axis, wan_causal.rope_table, wan_causal.per_channel):
         table.cache_clear()
 
 
@@ -91,3 +93,24 @@ def test_simulated_generation_takes_the_size_that_was_asked_for():
     once = activations((64, 64, 25), 1)
     assert 1.9 * once < activations((64, 64, 25), 2) < 2.1 * once
     assert 1.9 * once < activations((64, 128, 25), 1) < 2.1 * once
+
+
+def test_the_counted_operations_are_those_of_a_forward():
+    """But for the embeddings and the head, which are a few percent."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    config = dataclasses.replace(CONFIGS["tiny"], num_layers=12)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # which it counts
+        WanModel(config)(torch.zeros(2, 16, 6, 8, 8), torch.zeros(2), torch.zeros(2, 32, 64))
+    texts = 2 * 2 * config.num_layers * 2 * 32 * config.dim ** 2  # keys and values of the prompt, cached in a rollout
+    assert 0.9 < (bench.dit_flops(config, 6 * 16, 6 * 16, 32, batch=2) + texts) / counter.get_total_flops() <= 1
+
+
+def test_generate_prints_what_it_measured():
+    done = run("tests/bench.py", "generate", "--size", "tiny", "--frames", 21, "--warmup", 0, "--repeats", 1)
+    assert done.returncode == 0, done.stderr
+    rows = {line[:28].strip(): line[28:] for line in done.stdout.splitlines()}
+    assert rows["attention"] and len(re.findall(r"\d+\.\d+", rows["DiT per chunk"])) == 2
+    for name in ("text", "decoder per chunk", "first chunk", "end to end, without text", "DiT alone",
+                 "limit of the DiT", "limit of the decoder", "least traffic of the DiT", "peak memory"):
+        assert re.search(r"\d", rows[name]) or "not measured on a CPU" in rows[name]

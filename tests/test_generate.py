@@ -44,11 +44,24 @@ def test_causal_streaming_and_its_flags(tmp_path, causal):
                "--first-chunk", 1, "--window", 6, "--sink", 2, "--out", tmp_path / "new" / "folder", "--bench")
     assert done.returncode == 0, done.stderr
     assert "timesteps 1000, 937.5, 833.333, 625; chunks of 3 latent frames" in done.stdout
-    for row in ("text", "DiT", "decoder", "first chunk, without text", "end to end, without text", "DiT alone"):
+    for row in ("text", "DiT", "decoder", "first chunk, without text", "end to end, without text", "DiT alone",
+                "peak memory"):
         assert row in done.stdout
     files = sorted(tmp_path.glob("new/folder/*"))
     assert sorted(f.name[-6:] for f in files) == ["-5.mp4", "-6.mp4", "-7.mp4"]
     assert all(read(f).shape == (45, 64, 64, 3) for f in files)
+
+
+def test_a_chunk_is_decoded_before_the_next_one_is_made():
+    vae, made = wc.load_vae("tests/tiny"), []
+
+    def chunks():
+        for i in range(3):
+            made.append(i)
+            yield torch.zeros(1, 16, 3, 8, 8)
+    with torch.no_grad():
+        pieces = generate.decoded(generate.Clock(torch.device("cpu"), False), vae, chunks())
+        assert [(piece.shape[1], len(made)) for piece in pieces] == [(9, 1), (12, 2), (12, 3)]
 
 
 def test_the_seed_decides(tmp_path, causal):
@@ -173,6 +186,7 @@ BAD = [
     (["--jobs", "jobs.jsonl", "--seed", 5], "--seed 5 has no effect here: each line of --jobs has its own"),
     ([PROMPT, "--seed", 1 << 63], "a seed must be a whole number of at most 63 bits"),
     ([PROMPT, "--timesteps", "nan"], "--timesteps nan must fall"),
+    ([PROMPT, "--bidirectional", "--guidance", "nan"], "--guidance nan is no number"),
     ([PROMPT, "--frames", 21, "--window", 12, "--sink", 6, "--checkpoint", "CAUSAL"],
      "--sink 6 must be less than the 6"),
     ([PROMPT, "--frames", 4097, "--checkpoint", "CAUSAL"], "past the RoPE table"),

@@ -269,6 +269,19 @@ def broken(tmp_path, kind):
                     "base_model.model.blocks.7.ffn.0.lora_B.weight": torch.zeros(64, 2)}, path)
     elif kind == "half a lora":
         torch.save({"blocks.0.ffn.0.lora_A.weight": torch.zeros(2, 48)}, path)
+    elif kind == "a lora of two ranks":
+        torch.save({"blocks.0.ffn.0.lora_A.weight": torch.zeros(2, 48),
+                    "blocks.0.ffn.0.lora_B.weight": torch.zeros(64, 3)}, path)
+    elif kind == "a flat lora":
+        torch.save({"blocks.0.ffn.0.lora_A.weight": torch.zeros(48), "blocks.0.ffn.0.lora_B.weight": torch.zeros(64)},
+                   path)
+    elif kind == "numbered tensors":
+        torch.save({0: torch.zeros(2)}, path)
+    elif kind == "another patch":
+        torch.save(state | {"patch_embedding.weight": torch.zeros(3, 5)}, path)
+    elif kind == "words for numbers":
+        path = tmp_path / "bad.safetensors"
+        save_file({"blocks.0.ffn.0.lora_A.weight": torch.zeros(2, 48)}, path, metadata={"lora_alpha": "much"})
     return path
 
 
@@ -280,7 +293,9 @@ def broken(tmp_path, kind):
     ("other size", r"1 of another shape \(head.head.bias \(3,\) instead of \(64,\)"),
     ("missing keys", "missing"), ("extra keys", r"1 unexpected \(img_emb.proj.0.weight\)"),
     ("reward model", "is an ImageReward model"), ("vae", "is a VAE"), ("lora for another module", "does not fit"),
-    ("half a lora", "does not fit")])
+    ("half a lora", "does not fit"), ("a lora of two ranks", "does not fit"), ("a flat lora", "does not fit"),
+    ("numbered tensors", "holds no state dict"), ("another patch", r"cannot load the generator of .*bad.pt \(Runtime"),
+    ("words for numbers", r"cannot load the generator of .*ValueError: could not convert string to float: 'much'")])
 def test_refused_in_one_sentence_and_model_untouched(tmp_path, capsys, kind, words):
     model = random_dit(7)
     with pytest.raises(wc.InputError, match=words) as caught:
@@ -349,13 +364,15 @@ def test_words_outside_the_vocabulary(tmp_path):
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<s>", 0.0), ("<unk>", 0.0), ("a", -1.0)]
     Tokenizer(models.Unigram(pieces, unk_id=3)).save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "T5Tokenizer", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>",
-        "model_max_length": 32}))
-    assert wc.load_text_encoder(tmp_path / "wan").tokenizer("a\N{LLAMA}").input_ids[:2] == [4, 3]
+        "tokenizer_class": "T5Tokenizer", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}))
+    text = wc.load_text_encoder(tmp_path / "wan")
+    assert text.tokenizer("a\N{LLAMA}").input_ids[:2] == [4, 3]
+    short, long = text(["a"]), text(["a" * 600])
+    assert short.shape == long.shape == (1, 512, 32) and (short[0, 1:] == 0).all() and (long != 0).any(2).all()
 
 
 @pytest.mark.parametrize("damage, words", [
-    (lambda file: save_file({k: v for k, v in load_file(file).items() if ".wo." not in k}, file), "tensors are missing"),
+    (lambda file: save_file({k: v for k, v in load_file(file).items() if ".wo." not in k}, file), "lacks 2 of its tensors"),
     (lambda file: file.write_bytes(file.read_bytes()[:5000]), "cannot load the text encoder")])
 def test_a_damaged_text_encoder_of_diffusers(tmp_path, damage, words):
     shutil.copytree("tests/tiny/text_encoder", tmp_path / "text_encoder")
@@ -402,6 +419,13 @@ def test_sharded_diffusers_layout(tmp_path):
     (lambda d: (d / "diffusion_pytorch_model.safetensors").unlink(), "no file"),
     (lambda d: (d / "Wan2.1_VAE.pth").write_bytes(b"junk"), "not a weight file"),
     (lambda d: torch.save({"a": torch.ones(1)}, d / "Wan2.1_VAE.pth"), "not a Wan 2.1 VAE"),
+    (lambda d: torch.save(3, d / "Wan2.1_VAE.pth"), "cannot load the VAE of .*wan"),
+    (lambda d: torch.save({"a": torch.ones(1)}, d / "models_t5_umt5-xxl-enc-bf16.pth"), "cannot load the text encoder"),
+    (lambda d: torch.save(3, d / "models_t5_umt5-xxl-enc-bf16.pth"), "cannot load the text encoder"),
+    (lambda d: (d / "config.json").write_text("[]"), "cannot load the DiT of .*wan"),
+    (lambda d: (d / "config.json").write_text(json.dumps({**SMALL, "num_heads": 0})), "cannot load the DiT of"),
+    (lambda d: (d / "config.json").write_text(json.dumps({**SMALL, "dim": "wide"})), "cannot load the DiT of"),
+    (lambda d: (d / "diffusion_pytorch_model.safetensors.index.json").write_text("{}"), "cannot load the DiT of"),
     (lambda d: (d / "google/umt5-xxl/tokenizer.json").unlink(), "cannot load the text encoder")])
 def test_damaged_folders(tmp_path, damage, words):
     write_original(tmp_path / "wan")

@@ -306,8 +306,21 @@ def test_rollout_reuses_a_cache():
     model = random_dit().requires_grad_(False)
     cache = wc.KVCache(model.config, 2, 6, 6)
     first = run_rollout(model, [3, 3], cache=cache)
+    other = list(wc.rollout(model, random_latents(2, 16, 6, 4, 6), CONTEXT + 1, STEPS, [3, 3], cache=cache))
+    assert not any(torch.equal(a.x0, b.x0) for a, b in zip(first, other))  # nothing of the first prompt is left
     again = run_rollout(model, [3, 3], cache=cache)
     assert all(torch.equal(a.x0, b.x0) for a, b in zip(first, again))
+
+
+def test_a_rollout_encodes_the_prompt_once_and_makes_a_chunk_when_it_is_asked_for():
+    model, texts, passes = random_dit().requires_grad_(False), [], []
+    model.text_embedding.register_forward_hook(lambda *_: texts.append(1))
+    model.blocks[0].cross_attn.k.register_forward_hook(lambda *_: texts.append(2))
+    model.register_forward_hook(lambda *_: passes.append(1))
+    rolled = wc.rollout(model, random_latents(2, 16, 9, 4, 6), CONTEXT, STEPS, [3, 3, 3])
+    next(rolled)
+    assert len(passes) == len(STEPS)
+    assert len(list(rolled)) == 2 and texts == [1, 2]
 
 
 @pytest.mark.parametrize("chunks", [[3, 3, 3], [1, 2, 3, 1]])
@@ -464,6 +477,7 @@ def test_streamed_decode_equals_whole(vae, cuts):
     whole = vae.decoder(vae.conv2(z * vae.std + vae.mean)).clamp(-1, 1)
     assert streamed.shape == (2, 3, 17, 16, 24)
     close(streamed, whole)
+    close(vae.decode(z, at_once=max(cuts)), whole)
 
 
 def test_streamed_encode_equals_whole(vae):
@@ -472,6 +486,15 @@ def test_streamed_encode_equals_whole(vae):
     close(vae.encode(video), (mu - vae.mean) / vae.std)
 
 
+def can_compile():
+    try:
+        torch.compile(torch.neg)(torch.ones(2))
+    except Exception:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not can_compile(), reason="torch.compile finds no C++ compiler here")
 def test_compiled_rollout_and_decoder_equal_plain_ones():
     """In all their shapes, none of which may be left uncompiled because there are too many."""
     model = random_dit().requires_grad_(False)
