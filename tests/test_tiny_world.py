@@ -155,7 +155,9 @@ def parts():
 
 
 def test_size():
-    assert sum(f.stat().st_size for f in TINY.rglob("*") if f.is_file()) < 25e6
+    sizes = {f: f.stat().st_size for f in TINY.rglob("*") if f.is_file()}
+    generators = sum(size for f, size in sizes.items() if f.parent == TINY and f.suffix == ".safetensors")
+    assert sum(sizes.values()) - generators < 20e6 and sum(sizes.values()) < 40e6
 
 
 def test_tiny_is_the_config_in_the_table(parts):
@@ -182,7 +184,7 @@ def test_teacher_shows_what_it_is_told(parts):
     assert card["texture_correlation"] > 0.55
     measured = json.loads((TINY / "measured.json").read_text())["teacher"]
     assert min(measured[name] for name in ("colour", "background", "shape", "motion")) >= 0.97
-    assert measured["texture"] >= 0.92
+    assert measured["texture"] >= 0.92 and measured["texture_correlation"] >= 0.75
 
 
 def test_reward_is_good():
