@@ -267,16 +267,14 @@ def generate(parts, args, prompt, seed, path, process, negative, init):
         with imageio.get_writer(temporary, fps=args.fps, quality=8, macro_block_size=2) as writer, \
                 ThreadPoolExecutor(1) as side, \
                 tqdm(total=args.frames, unit='frame', desc=path.name[:30], disable=args.quiet) as bar:
-            written = []
+            written = ()
             for piece in pieces:
                 frames = to_frames(piece)
                 clock.seconds.setdefault('first', [clock.now()])
-                for frame in written:
-                    frame.result()  # of the piece before; raises what went wrong
-                written = [side.submit(writer.append_data, frame) for frame in frames]  # while the next one is made
+                list(written)  # waits for the piece before, and raises what went wrong
+                written = side.map(writer.append_data, frames)  # begins at once, while the next piece is made
                 bar.update(len(frames))
-            for frame in written:
-                frame.result()
+            list(written)
         temporary.replace(path)
     except OSError as error:
         raise InputError(f'cannot write {path}: {error.strerror or error}') from error
