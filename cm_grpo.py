@@ -39,12 +39,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from wan_causal import (EMA, Help, InputError, Run, checked_reward, chunk_sizes, chunk_weights, clip_preprocess,
-                        compute_dtype, consistency_kernel, find_file, find_folder, fold_lora, format_steps, gaussian,
-                        interleaved_x0, latent_shape, load_checkpoint, load_dit, load_function, load_image_reward,
-                        load_text_encoder, load_vae, parse_stage, processes, read_prompts, read_weights,
-                        recorded_rollout, replace_file, require, run_script, sample_generators, sample_numbers,
-                        save_checkpoint, saved_steps, shuffled, trainable, training_flags, v_from_x0, warped_steps)
+from wan_causal import (EMA, Help, InputError, Run, aesthetic_head, checked_reward, chunk_sizes, chunk_weights,
+                        clip_preprocess, compute_dtype, consistency_kernel, find_folder, fold_lora, format_steps,
+                        gaussian, interleaved_x0, latent_shape, load_checkpoint, load_dit, load_function,
+                        load_image_reward, load_text_encoder, load_vae, loads, parse_stage, pretrained, processes,
+                        read_prompts, recorded_rollout, replace_file, require, run_script, sample_generators,
+                        sample_numbers, save_checkpoint, saved_steps, shuffled, trainable, training_flags, v_from_x0,
+                        warped_steps)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -147,9 +148,9 @@ class Clip:
     def __init__(self, name, head, device):
         from transformers import AutoTokenizer, CLIPModel
         folder = find_folder(name, ['*.json', '*.txt', 'model.safetensors'])
-        self.model = CLIPModel.from_pretrained(folder).eval().requires_grad_(False).to(device)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.head = read_weights(find_file(head))[0] if head else None
+        self.model = pretrained(CLIPModel, folder, dtype=torch.float32).to(device)
+        self.tokenizer = loads('the tokenizer')(AutoTokenizer.from_pretrained)(folder)
+        self.head = aesthetic_head(head, self.model.config.projection_dim, device) if head else None
         self.device = device
 
     def images(self, frames):
@@ -165,8 +166,7 @@ class Clip:
 
     def aesthetic(self, video, prompts):
         """Mean LAION aesthetic score of the frames, 1..10."""
-        weight, bias = (self.head[key].float().to(self.device) for key in ('weight', 'bias'))
-        return torch.stack([F.linear(self.images(frame), weight, bias)[:, 0] for frame in some_frames(video)]).mean(0)
+        return torch.stack([F.linear(self.images(frame), *self.head)[:, 0] for frame in some_frames(video)]).mean(0)
 
 
 def load_rewards(args, device):

@@ -39,8 +39,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from wan_causal import (CLIP_MEAN, CLIP_STD, Help, InputError, find_file, first_line, model_defaults, processes,
-                        read_json, read_lines, read_weights, replace_file, run_script)
+from wan_causal import (CLIP_MEAN, CLIP_STD, Help, InputError, aesthetic_head, find_file, loads, model_defaults,
+                        pretrained, processes, read_json, read_lines, replace_file, run_script)
 
 # ----------------------------------------------------------------------------------------------------------
 # Constants: VBench's scripts/constant.py, and the papers' tables
@@ -227,19 +227,6 @@ def flickering(frames, entry=None):
     return torch.stack([1 - (a.float() - b.float()).abs().mean() / 255 for a, b in zip(frames, frames[1:])])
 
 
-def pretrained(kind, name, device=None, **kwargs):
-    """A transformers model or tokenizer of a folder or hub repository, with all its weights."""
-    try:
-        if device is None:
-            return kind.from_pretrained(name)
-        model, info = kind.from_pretrained(name, output_loading_info=True, dtype=torch.float32, **kwargs)
-    except Exception as error:
-        raise InputError(f'cannot load {kind.__name__} from {name}: {first_line(error)}') from error
-    if info['missing_keys']:
-        raise InputError(f'{name} is no {kind.__name__}: {len(info["missing_keys"])} of its tensors are missing')
-    return model.eval().requires_grad_(False).to(device)
-
-
 def encoder(network, prepare, size, device):
     """A function frames (T, 3, H, W) uint8 -> unit features (T, D), 16 frames at a time."""
     return lambda frames: F.normalize(torch.cat([network(prepare(part.to(device).float(), size))
@@ -251,27 +238,18 @@ def clip_encoder(clip, prepare):
                    clip.config.vision_config.image_size, clip.device)
 
 
-def aesthetic_head(file, width, device):
-    """LAION's linear head on unit CLIP features: weight (1, width), bias (1,)."""
-    state = read_weights(find_file(file))[0]
-    if not isinstance(state, dict) or {key: tuple(getattr(value, 'shape', ())) for key, value in state.items()} != {
-            'weight': (1, width), 'bias': (1,)}:
-        raise InputError(f'{file} is no aesthetic head for CLIP features of {width} numbers: it must hold weight '
-                         f'(1, {width}) and bias (1,)')
-    return state['weight'].float().to(device), state['bias'].float().to(device)
-
-
 def native_scorers(dimensions, args, device):
     """{dimension: its function} for those of `dimensions` that are computed here; loads only what they need."""
     from transformers import AutoTokenizer, CLIPModel, ViTModel
     scorers = {'temporal_flickering': flickering}
     if 'subject_consistency' in dimensions:
-        dino = pretrained(ViTModel, args.dino, device, add_pooling_layer=False)
+        dino = pretrained(ViTModel, args.dino, dtype=torch.float32, add_pooling_layer=False).to(device)
         see_subject = encoder(lambda x: dino(x, interpolate_pos_encoding=True).last_hidden_state[:, 0], dino_input,
                               dino.config.image_size, device)
         scorers['subject_consistency'] = lambda frames, entry: consistency(see_subject(frames))
     if {'background_consistency', 'appearance_style'} & set(dimensions):
-        clip, tokenizer = pretrained(CLIPModel, args.clip, device), pretrained(AutoTokenizer, args.clip)
+        clip = pretrained(CLIPModel, args.clip, dtype=torch.float32).to(device)
+        tokenizer = loads('the tokenizer')(AutoTokenizer.from_pretrained)(args.clip)
         see, see_image = clip_encoder(clip, clip_input), clip_encoder(clip, clip_image_input)
 
         def appearance(frames, entry):  # VBench: CLIP's logit / 100
@@ -281,7 +259,7 @@ def native_scorers(dimensions, args, device):
         scorers['background_consistency'] = lambda frames, entry: consistency(see(frames))
         scorers['appearance_style'] = appearance
     if 'aesthetic_quality' in dimensions:
-        large = pretrained(CLIPModel, args.clip_large, device)
+        large = pretrained(CLIPModel, args.clip_large, dtype=torch.float32).to(device)
         see_large, head = clip_encoder(large, clip_input), aesthetic_head(
             args.aesthetic_head, large.config.projection_dim, device)
         scorers['aesthetic_quality'] = lambda frames, entry: F.linear(see_large(frames), *head)[:, 0] / 10

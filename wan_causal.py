@@ -1393,6 +1393,26 @@ def loads(what):
     return decorate
 
 
+def pretrained(kind, name, **kwargs):
+    """A transformers model of class `kind` from a folder or hub repository, frozen. One that lacks tensors is an
+    InputError; transformers alone would fill them with random numbers."""
+    load = loads(f'the {kind.__name__}')(kind.from_pretrained)
+    model, info = load(name, output_loading_info=True, **kwargs)
+    if info['missing_keys']:
+        raise InputError(f'{name} lacks {len(info["missing_keys"])} of its tensors; it must hold a {kind.__name__}')
+    return model.eval().requires_grad_(False)
+
+
+@loads('the aesthetic head')
+def aesthetic_head(file, width, device='cpu'):
+    """LAION's linear head on unit CLIP features: weight (1, width), bias (1,)."""
+    state = read_weights(find_file(file))[0]
+    if {key: tuple(value.shape) for key, value in state.items()} != {'weight': (1, width), 'bias': (1,)}:
+        raise InputError(f'{file} is no aesthetic head for CLIP features of {width} numbers: it must hold weight '
+                         f'(1, {width}) and bias (1,)')
+    return state['weight'].float().to(device), state['bias'].float().to(device)
+
+
 def rename(key, pairs):
     """Replace key pieces. A piece that starts with a dot is replaced anywhere, any other only at the front."""
     for old, new in pairs:
@@ -1603,10 +1623,7 @@ def load_text_encoder(name, dtype=torch.float32, device='cpu', offload=False):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(
         folder / ('tokenizer' if is_diffusers(folder) else 'google/umt5-xxl'))
     if is_diffusers(folder):
-        encoder, info = UMT5EncoderModel.from_pretrained(folder / 'text_encoder', dtype=dtype, output_loading_info=True)
-        if info['missing_keys']:
-            raise InputError(f'{folder}/text_encoder lacks {len(info["missing_keys"])} of its tensors')
-        return TextEncoder(encoder, tokenizer, device, offload)
+        return TextEncoder(pretrained(UMT5EncoderModel, folder / 'text_encoder', dtype=dtype), tokenizer, device, offload)
     state = {t5_key(key): value for key, value in read_weights(folder / file)[0].items()}
     attention = 'encoder.block.0.layer.0.SelfAttention.'
     (vocab, d_model), heads = state['shared.weight'].shape, state[attention + 'relative_attention_bias.weight'].shape[1]

@@ -1,11 +1,12 @@
 """CM-GRPO: closed forms of the policy, then the script itself."""
 import argparse
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import ROOT, random_dit, random_latents, run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import cm_grpo
 import wan_causal as wc
@@ -192,6 +193,21 @@ def test_clip_rewards_are_clips_own_numbers(clip_folder):
         torch.testing.assert_close(clip.similarity(video, prompts), similar, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(clip.aesthetic(video, prompts), beauty, atol=1e-5, rtol=1e-5)
         assert clip.images(torch.zeros(1, 3, 48, 80)).shape == (1, 12)
+
+
+def test_a_clip_with_less_than_it_needs_is_refused(clip_folder, tmp_path):
+    copy = shutil.copytree(clip_folder[0], tmp_path / "clip")
+    torch.save({"weight": torch.randn(1, 5), "bias": torch.randn(1)}, copy / "head.pth")
+    with pytest.raises(wc.InputError, match="head.pth is no aesthetic head for CLIP features of 12 numbers"):
+        cm_grpo.Clip(str(copy), str(copy / "head.pth"), "cpu")
+    torch.save(3, copy / "head.pth")
+    with pytest.raises(wc.InputError, match="cannot load the aesthetic head of .*head.pth"):
+        cm_grpo.Clip(str(copy), str(copy / "head.pth"), "cpu")
+    weights = load_file(copy / "model.safetensors")
+    save_file({key: value for key, value in weights.items() if key != "visual_projection.weight"},
+              copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(wc.InputError, match="clip lacks 1 of its tensors; it must hold a CLIPModel"):
+        cm_grpo.Clip(str(copy), None, "cpu")
 
 
 TINY_RUN = ["--height", 32, "--width", 32, "--batch", 2, "--group", 2, "--prompts-per-step", 1, "--steps", 1]

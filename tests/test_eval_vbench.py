@@ -462,8 +462,9 @@ def test_missing_and_unreadable_videos(videos, networks, tmp_path):
 
 
 def test_networks_that_do_not_fit_are_one_sentence(videos, networks):
-    for flags, words in ((["--dino", networks / "clip"], "ViTModel"), (["--dino", "no/such"], "cannot load ViTModel"),
-                         (["--clip", networks], "cannot load CLIPModel"), (["--aesthetic-head", "none"], "none"),
+    for flags, words in ((["--dino", networks / "clip"], "it must hold a ViTModel"),
+                         (["--dino", "no/such"], "cannot load the ViTModel of no/such"),
+                         (["--clip", networks], "cannot load the CLIPModel"), (["--aesthetic-head", "none"], "none"),
                          (["--aesthetic-head", networks / "dino/model.safetensors"], "is no aesthetic head")):
         code, _, err = call("score", "--out", videos, *scoring(networks), *flags)
         errors = [line for line in err.splitlines() if line.startswith("error: ")]
