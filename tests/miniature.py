@@ -39,12 +39,12 @@ STAGES = {
     'teacher_forcing': ('distill_dmd.py --student causal --history teacher-forcing --data {data}', 'ode', 1),
     'raven_uniform': ('distill_dmd.py --student causal --history raven --chunk-weight-shift 0', 'ode', 1),
     'distill_reward': ('distill_dmd.py --student causal --history self-forcing --reward-weight 1', 'ode', 1),
-    'raven_cm': ('cm_grpo.py', 'raven', 2),
+    'raven_cm': ('cm_grpo.py --steps 180 --save-every 45 --keep-every 45', 'raven', 2),
     'reward_cm': ('cm_grpo.py', 'reward', 1),
     'reward_em': ('cm_grpo.py --policy em', 'reward', 1),
 }
 ONCE = ('student', 'ode')  # whatever --seeds says: all others start from them
-KEPT = {'reward': (50, 100)}  # are also measured as they were after these steps
+KEPT = {'reward': (50, 100), 'raven_cm': (45,)}  # are also measured as they were after these steps
 FRAME_WISE = ('raven', 'reward')  # are also measured with chunks of one latent frame, as CM-GRPO trains them here
 LONG = ('ode', 'reward', 'raven', 'self_forcing', 'causvid', 'teacher_forcing', 'raven_uniform', 'distill_reward')
 # LONG are also measured over rollouts three times as long as in training.
@@ -261,10 +261,10 @@ def main():
             print(tiny_world.results_table(json.loads((runs / file).read_text()), columns), '\n')
     print(claims_table(runs))
     draw_claims(runs / 'claims.svg', list(claims(runs)))
-    curves = {name: read_curves(runs, name, 'reward_imagereward', 10) for name in ('raven_cm', 'reward_cm', 'reward_em')
+    curves = {name: read_curves(runs, name, 'reward_imagereward', 20) for name in ('raven_cm', 'reward_cm', 'reward_em')
               if (runs / f'{name}-0/metrics.jsonl').exists()}
     if curves:
-        draw_curves(runs / 'curves.svg', curves, 'Reward of the rollouts (mean of 10 steps), lowest to highest seed')
+        draw_curves(runs / 'curves.svg', curves, 'Reward of the rollouts (mean of 20 steps), lowest to highest seed')
 
 
 if __name__ == '__main__':
