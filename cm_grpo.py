@@ -41,11 +41,10 @@ from torch.nn import functional as F
 
 from wan_causal import (EMA, Help, InputError, Run, aesthetic_head, checked_reward, chunk_sizes, chunk_weights,
                         clip_preprocess, compute_dtype, consistency_kernel, find_folder, fold_lora, format_steps,
-                        gaussian, interleaved_x0, latent_shape, load_checkpoint, load_dit, load_function,
-                        load_image_reward, load_text_encoder, load_vae, loads, parse_stage, pretrained, processes,
-                        read_prompts, recorded_rollout, replace_file, require, run_script, sample_generators,
-                        sample_numbers, save_checkpoint, saved_steps, shuffled, trainable, training_flags, v_from_x0,
-                        warped_steps)
+                        gaussian, interleaved_x0, latent_shape, load_checkpoint, load_clip, load_dit, load_function,
+                        load_image_reward, load_text_encoder, load_vae, parse_stage, processes, read_prompts,
+                        recorded_rollout, replace_file, require, run_script, sample_generators, sample_numbers,
+                        save_checkpoint, saved_steps, shuffled, trainable, training_flags, v_from_x0, warped_steps)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -146,10 +145,7 @@ class Clip:
     """CLIP ViT-L/14: text-image similarity, and the LAION aesthetic head on its image features."""
 
     def __init__(self, name, head, device):
-        from transformers import AutoTokenizer, CLIPModel
-        folder = find_folder(name, ['*.json', '*.txt', 'model.safetensors'])
-        self.model = pretrained(CLIPModel, folder, dtype=torch.float32).to(device)
-        self.tokenizer = loads('the tokenizer')(AutoTokenizer.from_pretrained)(folder)
+        self.model, self.tokenizer = load_clip(find_folder(name, ['*.json', '*.txt', 'model.safetensors']), device)
         self.head = aesthetic_head(head, self.model.config.projection_dim, device) if head else None
         self.device = device
 

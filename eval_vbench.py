@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from wan_causal import (CLIP_MEAN, CLIP_STD, Help, InputError, aesthetic_head, find_file, loads, model_defaults,
+from wan_causal import (CLIP_MEAN, CLIP_STD, Help, InputError, aesthetic_head, find_file, load_clip, model_defaults,
                         pretrained, processes, read_json, read_lines, replace_file, run_script)
 
 # ----------------------------------------------------------------------------------------------------------
@@ -240,16 +240,15 @@ def clip_encoder(clip, prepare):
 
 def native_scorers(dimensions, args, device):
     """{dimension: its function} for those of `dimensions` that are computed here; loads only what they need."""
-    from transformers import AutoTokenizer, CLIPModel, ViTModel
+    from transformers import CLIPModel, ViTModel
     scorers = {'temporal_flickering': flickering}
     if 'subject_consistency' in dimensions:
-        dino = pretrained(ViTModel, args.dino, dtype=torch.float32, add_pooling_layer=False).to(device)
+        dino = pretrained(ViTModel, args.dino, add_pooling_layer=False).to(device)
         see_subject = encoder(lambda x: dino(x, interpolate_pos_encoding=True).last_hidden_state[:, 0], dino_input,
                               dino.config.image_size, device)
         scorers['subject_consistency'] = lambda frames, entry: consistency(see_subject(frames))
     if {'background_consistency', 'appearance_style'} & set(dimensions):
-        clip = pretrained(CLIPModel, args.clip, dtype=torch.float32).to(device)
-        tokenizer = loads('the tokenizer')(AutoTokenizer.from_pretrained)(args.clip)
+        clip, tokenizer = load_clip(args.clip, device)
         see, see_image = clip_encoder(clip, clip_input), clip_encoder(clip, clip_image_input)
 
         def appearance(frames, entry):  # VBench: CLIP's logit / 100
@@ -259,7 +258,7 @@ def native_scorers(dimensions, args, device):
         scorers['background_consistency'] = lambda frames, entry: consistency(see(frames))
         scorers['appearance_style'] = appearance
     if 'aesthetic_quality' in dimensions:
-        large = pretrained(CLIPModel, args.clip_large, dtype=torch.float32).to(device)
+        large = pretrained(CLIPModel, args.clip_large).to(device)
         see_large, head = clip_encoder(large, clip_input), aesthetic_head(
             args.aesthetic_head, large.config.projection_dim, device)
         scorers['aesthetic_quality'] = lambda frames, entry: F.linear(see_large(frames), *head)[:, 0] / 10

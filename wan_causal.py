@@ -537,7 +537,7 @@ class Block(nn.Module):
         gate1, shift, scale, gate2 = (self.modulation.float() + e)[:, :, 2:].chunk(4, dim=2)
         x = gated(x, self.self_attn.output(attended), gate1)
         k, v = text if isinstance(text, tuple) else self.cross_attn.keys_values(text)
-        x = x + self.cross_attn.output(attend(self.cross_attn.queries(self.norm3(x)), k, v, None, backend))
+        x = x + self.cross_attn.output(attend(self.cross_attn.queries(self.norm3(x)), k, v, backend=backend))
         return gated(x, self.ffn(modulate(self.norm2(x), shift, scale)), gate2)
 
 
@@ -1393,14 +1393,21 @@ def loads(what):
     return decorate
 
 
-def pretrained(kind, name, **kwargs):
+def pretrained(kind, name, dtype=torch.float32, **kwargs):
     """A transformers model of class `kind` from a folder or hub repository, frozen. One that lacks tensors is an
     InputError; transformers alone would fill them with random numbers."""
     load = loads(f'the {kind.__name__}')(kind.from_pretrained)
-    model, info = load(name, output_loading_info=True, **kwargs)
+    model, info = load(name, output_loading_info=True, dtype=dtype, **kwargs)
     if info['missing_keys']:
         raise InputError(f'{name} lacks {len(info["missing_keys"])} of its tensors; it must hold a {kind.__name__}')
     return model.eval().requires_grad_(False)
+
+
+@loads('CLIP')
+def load_clip(name, device='cpu'):
+    """CLIP from a folder or hub repository: (model, tokenizer)."""
+    from transformers import AutoTokenizer, CLIPModel
+    return pretrained(CLIPModel, name).to(device), AutoTokenizer.from_pretrained(name)
 
 
 @loads('the aesthetic head')
@@ -1623,7 +1630,7 @@ def load_text_encoder(name, dtype=torch.float32, device='cpu', offload=False):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(
         folder / ('tokenizer' if is_diffusers(folder) else 'google/umt5-xxl'))
     if is_diffusers(folder):
-        return TextEncoder(pretrained(UMT5EncoderModel, folder / 'text_encoder', dtype=dtype), tokenizer, device, offload)
+        return TextEncoder(pretrained(UMT5EncoderModel, folder / 'text_encoder', dtype), tokenizer, device, offload)
     state = {t5_key(key): value for key, value in read_weights(folder / file)[0].items()}
     attention = 'encoder.block.0.layer.0.SelfAttention.'
     (vocab, d_model), heads = state['shared.weight'].shape, state[attention + 'relative_attention_bias.weight'].shape[1]
