@@ -1776,8 +1776,9 @@ def check_writable(folder):
 
 
 def replace_file(path, write):
-    """write(temporary path), then rename: the file is there whole or not at all."""
-    temporary = path.with_name(f'.{path.stem}.{os.getpid()}{path.suffix}')
+    """write(temporary path), then rename: the file is there whole or not at all. A killed process leaves its temporary
+    file, so that has the same name the next time and is replaced; ranks of torchrun have different ones."""
+    temporary = path.with_name(f'.{path.stem}.{os.environ.get("RANK", 0)}{path.suffix}')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)

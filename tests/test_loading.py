@@ -1,11 +1,14 @@
 """Every layout of weights in the wild, built small on disk and loaded; and everything that must be refused."""
 import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import SMALL, random_dit
+from conftest import ROOT, SMALL, random_dit
 from safetensors.torch import load_file, save_file
 
 import wan_causal as wc
@@ -446,3 +449,12 @@ def test_the_hub_out_of_reach():
         wc.find_folder("nobody-here/nothing")
     with pytest.raises(wc.InputError, match="nobody-here/nothing:model.pt is no file here"):
         wc.find_file("nobody-here/nothing:model.pt")
+
+
+def test_what_a_killed_write_leaves_is_replaced(tmp_path):
+    code = ("import os, pathlib, wan_causal as wc\n"
+            "wc.replace_file(pathlib.Path('a.bin'), lambda path: (path.write_bytes(b'half'), os._exit(9)))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 9 and len(os.listdir(tmp_path)) == 1
+    wc.replace_file(tmp_path / "a.bin", lambda path: path.write_bytes(b"whole"))
+    assert os.listdir(tmp_path) == ["a.bin"] and (tmp_path / "a.bin").read_bytes() == b"whole"
