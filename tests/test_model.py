@@ -365,6 +365,20 @@ def test_both_ways_to_rotate_are_equal(monkeypatch):
 
 # ------------------------------------------------------------------------------------------- attention
 
+@pytest.mark.parametrize("shape", [(100, 24), (2, 63, 24), (2, 64, 24), (1, 3, 40, 24), (0, 64, 24)])
+def test_a_linear_layer_without_gradient_computes_the_same(shape):
+    layer, x = wc.Linear(24, 40), random_latents(*shape)
+    spread = torch.zeros(*shape[:-2], 24, shape[-2]).transpose(-1, -2).copy_(x)  # other strides
+    with torch.no_grad():
+        close(layer(x), torch.nn.Linear.forward(layer, x))
+        close(layer(spread), torch.nn.Linear.forward(layer, x))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+    if x.numel():
+        layer(x).sum().backward()
+        close(layer.bias.grad, torch.full((40,), float(math.prod(shape[:-1]))), atol=1e-3)
+
+
 @pytest.mark.parametrize("layout", [wc.block_causal([2, 3, 1]), wc.interleaved([2, 2, 2]),
                                     wc.interleaved([1, 2, 2, 2], window=4, sink=1)])
 def test_rectangles_equal_a_dense_mask(layout):
