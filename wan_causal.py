@@ -488,8 +488,8 @@ class Linear(nn.Linear):
     choice; fewer than 64 tokens gain nothing."""
 
     def forward(self, x):
-        plain = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or x.shape[:-1].numel() < 64
-        if plain or ONEDNN is None or x.device.type != 'cpu' or x.dtype != torch.float32:
+        here = ONEDNN is not None and x.device.type == 'cpu' and x.dtype == torch.float32 and x.shape[:-1].numel() >= 64
+        if not here or torch.is_grad_enabled() or torch.is_autocast_enabled('cpu'):
             return super().forward(x)
         if torch.compiler.is_compiling():
             return onednn_linear(x, self.weight, self.bias)
