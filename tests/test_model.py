@@ -510,14 +510,15 @@ def can_compile():
 
 @pytest.mark.skipif(not can_compile(), reason="torch.compile finds no C++ compiler here")
 def test_compiled_rollout_and_decoder_equal_plain_ones():
-    """In all their shapes, none of which may be left uncompiled because there are too many."""
+    """In all their shapes, none of which may be left uncompiled because there are too many; of 72 tokens and more, as
+    fewer do not reach oneDNN."""
     model = random_dit().requires_grad_(False)
     torch.manual_seed(0)
     vae = wc.WanVAE(dim=4).requires_grad_(False)  # with the levels and blocks of the real one
 
     def video():
         cache = {}
-        rolled = wc.rollout(model, random_latents(1, 16, 9, 4, 6), CONTEXT[:1], STEPS, [3, 3, 3],
+        rolled = wc.rollout(model, random_latents(1, 16, 9, 8, 12), CONTEXT[:1], STEPS, [3, 3, 3],
                             generator=torch.Generator().manual_seed(0))
         return torch.cat([vae.decode(chunk.x0, cache) for chunk in rolled], dim=2)
     settings = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8)  # the limit: put back
