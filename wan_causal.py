@@ -468,19 +468,19 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
-# oneDNN's linear layer, which torch's own compiler calls for constant weights; None where torch has no oneDNN.
-ONEDNN = torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
+def suits_onednn(x):
+    """Whether x is float32 on a CPU where torch has oneDNN, which is often faster than what torch would choose."""
+    return x.device.type == 'cpu' and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 
-@torch.library.custom_op('wan_causal::linear', mutates_args=())
 def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """x W^T + b under a name that torch.compile leaves alone; it would ask for constant weights, too."""
-    return ONEDNN(x, weight, bias, 'none', [], '')
+    """x W^T + b, not differentiable, fused with nothing; torch's own compiler calls it for constant weights."""
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, 'none', [], '')
 
 
-@onednn_linear.register_fake
-def _(x, weight, bias):
-    return x.new_empty(*x.shape[:-1], len(weight))
+# Under a name that torch.compile leaves alone; by its own it would ask for constant weights.
+compiled_linear = torch.library.custom_op('wan_causal::linear', onednn_linear, mutates_args=())
+compiled_linear.register_fake(lambda x, weight, bias: x.new_empty(*x.shape[:-1], len(weight)))
 
 
 class Linear(nn.Linear):
@@ -488,12 +488,11 @@ class Linear(nn.Linear):
     choice; fewer than 64 tokens gain nothing."""
 
     def forward(self, x):
-        here = ONEDNN is not None and x.device.type == 'cpu' and x.dtype == torch.float32 and x.shape[:-1].numel() >= 64
-        if not here or torch.is_grad_enabled() or torch.is_autocast_enabled('cpu'):
+        plain = torch.is_grad_enabled() or torch.is_autocast_enabled('cpu') or x.shape[:-1].numel() < 64
+        if plain or not suits_onednn(x):
             return super().forward(x)
-        if torch.compiler.is_compiling():
-            return onednn_linear(x, self.weight, self.bias)
-        return ONEDNN(x, self.weight, self.bias, 'none', [], '')  # fused with nothing
+        linear = compiled_linear if torch.compiler.is_compiling() else onednn_linear
+        return linear(x, self.weight, self.bias)
 
 
 def modulate(x, shift, scale):
@@ -715,8 +714,7 @@ class CausalConv3d(nn.Conv3d):
             if cache is not None:
                 cache[self] = x[:, :, -past:].clone()  # a copy: a view would keep all of x alive
         x = x.contiguous(memory_format=torch.channels_last_3d)  # not before: padding and joining may lose it
-        single = x.shape[0] == 1 and x.device.type == 'cpu' and x.dtype == torch.float32
-        if single and torch.backends.mkldnn.is_available():  # else torch takes a kernel that is ten times as slow
+        if x.shape[0] == 1 and suits_onednn(x):  # else torch takes a kernel that is ten times as slow
             return torch.mkldnn_convolution(x, self.weight, self.bias, self.padding, self.stride, self.dilation, 1)
         return super().forward(x)
 
