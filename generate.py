@@ -299,7 +299,7 @@ def bench_table(clock, args, dtype, process):
     process.print('\n'.join(f'{name:<28}{value}' for name, value in rows))
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def main():
     args = parse_args()
     folder, jobs = find_folder(args.model), read_jobs(args)

@@ -39,6 +39,11 @@ from tqdm import tqdm
 checkpoint = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
+def remembered(count):
+    """Decorator: keep the last `count` results. Tensors first made in inference mode can be trained with later."""
+    return lambda function: functools.lru_cache(count)(torch.inference_mode(False)(function))
+
+
 class InputError(ValueError):
     """Something the user gave cannot be used; the message is one sentence that says what, where and what to do."""
 
@@ -234,7 +239,7 @@ def compiled_flex():
     return torch.compile(flex_attention, dynamic=False)
 
 
-@functools.lru_cache(maxsize=64)
+@remembered(64)
 def flex_mask(visible, tokens, device, block=128):
     """Rows of booleans over frames -> flex attention's BlockMask over tokens, made from the frames: torch's own
     create_block_mask looks at each pair of tokens, which takes gigabytes for a long interleaved sequence."""
@@ -403,7 +408,7 @@ CONFIGS = {
 MAX_POSITION = 1024  # rows of Wan's RoPE tables
 
 
-@functools.lru_cache(maxsize=8)
+@remembered(8)
 def rope_axis(count, device):
     """cos and sin (1024, count, 2) of the `count` angles of each position along one axis."""
     theta = 10000.0 ** (-torch.arange(count, dtype=torch.float64) / count)
@@ -411,7 +416,7 @@ def rope_axis(count, device):
     return torch.stack([angles.cos(), angles.sin()], dim=-1).float().to(device)
 
 
-@functools.lru_cache(maxsize=64)
+@remembered(64)
 def rope_table(position, height, width, head_dim, device):
     """cos and sin (L, 1, D/2, 2) of each token's angles: D/2 - 2(D/6) of them for time, D/6 for height and for width.
 
@@ -468,9 +473,12 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
+HAS_ONEDNN = torch.backends.mkldnn.is_available()  # asked once: within a compiled block the question would cut it up
+
+
 def suits_onednn(x):
     """Whether x is float32 on a CPU where torch has oneDNN, which is often faster than what torch would choose."""
-    return x.device.type == 'cpu' and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return HAS_ONEDNN and x.device.type == 'cpu' and x.dtype == torch.float32
 
 
 def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -886,7 +894,7 @@ LATENT_STD = [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
               3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160]
 
 
-@functools.lru_cache(maxsize=16)
+@remembered(16)
 def per_channel(values, device):
     """One number per channel -> (1, C, 1, 1, 1) float32, whatever the dtype of the weights."""
     return torch.tensor(values, device=device).view(1, -1, 1, 1, 1)

@@ -138,7 +138,7 @@ def decoder_flops(vae, shape):
     return counter.get_total_flops()
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(args):
     """Where the time of one streamed video goes, and how far it is from the machine's limit."""
     bench, config = Bench(args), SIZES[args.size]
@@ -205,7 +205,7 @@ def generate(args):
         print(f'{name:<28}{value}')
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def peers(args):
     """The same weights and the same work through diffusers' Wan classes, and the cache against no cache."""
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -394,7 +394,7 @@ class Trajectory:
         return torch.zeros(3, *self.shape), 'a prompt'
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def fake_generation(config, bidirectional, size, batch):
     """What generate.py (batch 1) and ode_init.py sample do, on fake tensors."""
     height, width, frames = size

@@ -349,6 +349,23 @@ def test_rollout_leaves_the_grad_mode_alone():
         assert torch.is_grad_enabled()
 
 
+def test_what_inference_mode_leaves_behind_can_be_trained_with(vae):
+    model, layout = random_dit(), wc.block_causal([1, 1])
+    for table in (wc.rope_axis, wc.rope_table, wc.per_channel, wc.flex_mask):
+        table.cache_clear()
+    with torch.inference_mode():
+        before = model(random_latents(2, 16, 2, 4, 4), torch.tensor([500.0, 20.0]), CONTEXT, layout)
+        vae.decode(random_latents(1, 16, 1, 2, 2))
+        mask = wc.flex_mask(layout.visible, 4, before.device)
+    assert before.is_inference() and not mask.kv_indices.is_inference()
+    after = model(random_latents(2, 16, 2, 4, 4), torch.tensor([500.0, 20.0]), CONTEXT, layout)
+    torch.testing.assert_close(after, before.clone(), atol=1e-5, rtol=1e-4)
+    after.sum().backward()
+    z = random_latents(1, 16, 1, 2, 2).requires_grad_()
+    vae.decode(z).sum().backward()
+    assert model.blocks[0].self_attn.q.weight.grad.any() and z.grad.any()
+
+
 def test_both_ways_to_rotate_are_equal(monkeypatch):
     """Real numbers for the compiler, complex ones on a CPU; and a rotation keeps lengths, and angles add up."""
     x = torch.randn(2, 24, 3, 16, generator=wc.seeded(0))
@@ -510,8 +527,8 @@ def can_compile():
 
 @pytest.mark.skipif(not can_compile(), reason="torch.compile finds no C++ compiler here")
 def test_compiled_rollout_and_decoder_equal_plain_ones():
-    """In all their shapes, none of which may be left uncompiled because there are too many; of 72 tokens and more, as
-    fewer do not reach oneDNN."""
+    """In all their shapes, none of which may be left uncompiled because there are too many, and each block's part in one
+    piece; of 72 tokens and more, as fewer do not reach oneDNN."""
     model = random_dit().requires_grad_(False)
     torch.manual_seed(0)
     vae = wc.WanVAE(dim=4).requires_grad_(False)  # with the levels and blocks of the real one
@@ -522,10 +539,12 @@ def test_compiled_rollout_and_decoder_equal_plain_ones():
                             generator=torch.Generator().manual_seed(0))
         return torch.cat([vae.decode(chunk.x0, cache) for chunk in rolled], dim=2)
     settings = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8)  # the limit: put back
-    with torch.no_grad(), settings:
+    torch._dynamo.utils.counters.clear()
+    with torch.inference_mode(), settings:
         plain = video()
         wc.compile_for_inference(model, vae)
         close(video(), plain, atol=1e-4)
+    assert not torch._dynamo.utils.counters["graph_break"]
     torch._dynamo.reset()
 
 
