@@ -53,6 +53,10 @@ def first_line(error):
     return (str(error).strip() or 'no reason').splitlines()[0]
 
 
+# ==========================================================================================================
+# PART 1: what the papers change
+# ==========================================================================================================
+
 # ----------------------------------------------------------------------------------------------------------
 # Schedule: the only place where x0, v, eps and sigma are converted
 
@@ -700,6 +704,277 @@ def append(past_k, past_v, k, v):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# The rollout: training as at inference, and the interleaved forward
+
+@dataclasses.dataclass
+class Chunk:
+    """One chunk of a rollout; latents (B, C, f, H, W)."""
+    start: int  # its first latent frame
+    x0: torch.Tensor  # the clean endpoint
+    states: list  # with record=True: the noisy state at each step that was run
+    predictions: list  # with record=True: the x0 predicted from each of them, without graph
+
+
+def consistency_kernel(x, x0, t, s):
+    """Where the consistency sampler goes from x at t, having predicted x0: N((1 - sigma_s) x0, sigma_s^2 I) at s.
+
+    Returns (mean, standard deviation, d mean / d x0).
+    """
+    return (1 - s / 1000) * x0, s / 1000, 1 - s / 1000
+
+
+def rollout(model, noise, context, steps, chunks, *, window=None, sink=0, init=None, cache=None, exit_step=None,
+            grad_from=0, record=False, kernel=consistency_kernel, generator=None):
+    """Generate a video chunk by chunk with the KV cache, and yield each `Chunk` as soon as it exists.
+
+    Each chunk is denoised by the consistency sampler (CausVid, Self Forcing alg. 1): from x_t predict x0, and
+    re-noise it with fresh noise to the next of `steps`. The last prediction is the endpoint. The endpoint's forward at
+    t = 0, which leaves the chunk's clean keys and values in the cache, shares a pass with the next chunk's first step,
+    unless that carries gradient or the cache rolls; the last chunk needs none.
+
+    model      the DiT (or its DDP wrapper).
+    noise      (B, C, F, H, W): the pure noise that the F new latent frames start from.
+    context    (B, L', text_dim).
+    steps      the timesteps that the network sees, falling from 1000, see `warped_steps`.
+    chunks     sizes of the chunks, summing to F; [F] with a bidirectional model is its few-step sampling.
+    window, sink  latent frames a frame may see, and how many of them are the video's first; None: all.
+    init       (B, C, F', H, W) clean latents that are already there; the rollout goes on after them.
+    cache      a KVCache to use again instead of allocating one; it is reset.
+    exit_step  index of the step at which every chunk stops; its prediction is the endpoint and carries gradient (if
+               gradients are enabled). None: all steps, no gradient.
+    grad_from  chunks that start before this latent frame carry no gradient.
+    record     keep the noisy states and predictions.
+    kernel     where the sampler goes from a prediction: (x, x0, t, next t) -> (mean, standard deviation, ...).
+    generator  of the re-noising noise: None, a torch.Generator, or one for each sample.
+    """
+    net = getattr(model, 'module', model)
+    B, C, F_, H, W = noise.shape
+    begin = 0 if init is None else init.shape[2]
+    if sum(chunks) != F_:
+        raise ValueError(f'chunks {list(chunks)} do not sum to the {F_} latent frames of noise {tuple(noise.shape)}')
+    if exit_step is not None and not 0 <= exit_step < len(steps):
+        raise ValueError(f'exit_step {exit_step} is not the index of one of {len(steps)} steps')
+    if cache is not None:
+        cache.reset()
+    elif len(chunks) > 1 or begin:
+        cache = KVCache(net.config, B, min(window or begin + F_, begin + F_), H * W // 4, sink, window is not None,
+                        net.dtype, noise.device)
+
+    def forward(x, t, start, before=None):
+        """v of a chunk; `before`: the endpoint of the chunk before it, which goes into the cache in the same pass."""
+        t = torch.full((B, x.shape[2]), float(t), device=x.device)
+        if before is None:
+            return model(x, t[:, 0], context, cache=cache, start=start)
+        n = before.shape[2]
+        t = torch.cat([torch.zeros(B, n, device=x.device), t], dim=1)
+        layout = block_causal([n, x.shape[2]])
+        return model(torch.cat([before, x], dim=2), t, context, layout, cache, start - n)[:, :, n:]
+
+    if begin:
+        start = 0
+        for n in chunk_sizes(begin, max(chunks)):
+            with torch.no_grad():
+                forward(init[:, :, start:start + n], 0, start)
+            start += n
+    start, before = begin, None  # the chunk before, while it is not in the cache
+    for n in chunks:
+        x, chunk = noise[:, :, start - begin:start - begin + n], Chunk(start, None, [], [])
+        for k, t in enumerate(steps):
+            carries = k == exit_step and start >= grad_from and torch.is_grad_enabled()
+            if before is not None and (carries or cache.rolling):
+                with torch.no_grad():
+                    forward(before, 0, start - before.shape[2])
+                before = None
+            with torch.set_grad_enabled(carries):
+                x0 = x0_from_v(x, forward(x, t, start, before), t)
+            before = None
+            if record:
+                chunk.states.append(x)
+                chunk.predictions.append(x0.detach())
+            if k == exit_step or k == len(steps) - 1:
+                break
+            mean, std, *_ = kernel(x, x0, t, steps[k + 1])
+            x = mean + std * gaussian(x0.shape, generator, x0.device)
+        chunk.x0 = x0
+        yield chunk
+        start, before = start + n, x0.detach()
+
+
+@torch.no_grad()
+def recorded_rollout(model, noise, context, steps, chunks, generator=None, kernel=consistency_kernel):
+    """The rollout as at inference, with all it went through: (states, endpoints).
+
+    states: for each of `steps` the noisy latents of all chunks (B, C, F, H, W); endpoints (B, C, F, H, W).
+    """
+    parts = list(rollout(model, noise, context, steps, chunks, record=True, kernel=kernel,
+                         generator=generator))
+    states = [torch.cat([part.states[k] for part in parts], dim=2) for k in range(len(steps))]
+    return states, torch.cat([part.x0 for part in parts], dim=2)
+
+
+def interleaved_x0(model, x_t, t, clean, context, chunks):
+    """x0 predicted from every noisy chunk given the clean chunks before it, in one forward (RAVEN's I_u).
+
+    x_t, clean (B, C, F, H, W), t (B, F). On a rollout's own states and endpoints this is what the cached rollout
+    computed, but the history is encoded inside the graph: later chunks' losses reach the weights that encode it.
+    """
+    v = model(interleave(x_t, clean, chunks), interleave(t, torch.zeros_like(t), chunks), context, interleaved(chunks))
+    return x0_from_v(x_t, noisy_part(v, chunks), t)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The reward's gradient
+
+def latent_frames(frames):
+    """Latent frames of a video of 1 + 4k frames."""
+    return 1 + (frames - 1) // 4
+
+
+def latent_frame(frame):
+    """The latent frame that a video frame is decoded from: 0 | 1 1 1 1 | 2 2 2 2 | ..."""
+    return (frame + 3) // 4
+
+
+def checked_reward(reward, video, prompts):
+    """reward(video, prompts); a result that is not one number per prompt is an InputError."""
+    rewards = reward(video, prompts)
+    if tuple(rewards.shape) != (len(prompts),):
+        raise InputError(f'the reward returned shape {tuple(rewards.shape)} for a video {tuple(video.shape)} and '
+                         f'{len(prompts)} prompts: it must be ({len(prompts)},)')
+    return rewards
+
+
+def reward_gradient(reward, vae, latents, prompts, frames, past=None):
+    """Rewards (B,) of some video frames, and their gradient in the latents (B, C, F, H, W), zero where not rewarded.
+
+    frames: ascending. past: decode from so many latent frames before the first rewarded one, at least 1 (None: from
+    the start, which is exact; but the decoder hardly remembers what lies far back).
+    The video is decoded once without a graph, up to the last frame that is needed. The reward's gradient in the pixels
+    is then taken back through the decoder for one latent frame at a time, from the decoder's memory of the earlier
+    ones, which is a constant: the graph is that of one latent frame, however many are rewarded.
+    """
+    where = [latent_frame(frame) for frame in frames]
+    begin = 0 if past is None else max(0, where[0] - past)
+    shown = [frame - 4 * begin for frame in frames]  # a decoder's first latent frame gives one video frame
+    cache, video = {}, []
+    with torch.no_grad():
+        for i in range(begin, where[-1] + 1):
+            if i == where[0]:
+                memory = dict(cache)  # the tensors in it are replaced by later frames, never written to
+            video.append(vae.decode(latents[:, :, i:i + 1], cache))
+        video = torch.cat(video, dim=2)
+        cache.clear()  # gigabytes at full size
+    picked = video[:, :, shown].requires_grad_()  # (B, 3, len(frames), H, W)
+    with torch.enable_grad():
+        rewards = checked_reward(reward, picked, prompts)
+        pixels = torch.zeros_like(video)
+        pixels[:, :, shown], = torch.autograd.grad(rewards.sum(), picked)
+    gradient = torch.zeros_like(latents)
+    for i in range(where[0], where[-1] + 1):
+        z = latents[:, :, i:i + 1].detach().requires_grad_()
+        with torch.set_grad_enabled(i in where):
+            out = vae.decode(z, memory)
+        if i in where:
+            start = max(0, 4 * (i - begin) - 3)
+            gradient[:, :, i:i + 1], = torch.autograd.grad(out, z, pixels[:, :, start:start + out.shape[2]])
+            memory = {module: x.detach() if torch.is_tensor(x) else x for module, x in memory.items()}
+    return rewards.detach(), gradient
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The teacher's ODE
+
+def sigma_schedule(steps=50, shift=5.0):
+    """Noise levels of the multi-step sampler, high to low, ending in 0: (steps + 1,) float64.
+
+    As Wan's FlowUniPC: linspace(0.999, 0) without its end, shifted.
+    """
+    return torch.cat([shift_sigma(torch.linspace(0.999, 0, steps + 1, dtype=torch.float64)[:-1], shift),
+                      torch.zeros(1, dtype=torch.float64)])
+
+
+def guided_velocity(model, x, t, context, negative, guidance, **kwargs):
+    """Classifier-free guidance: v_uncond + guidance (v_cond - v_uncond); t a number, or (B,)."""
+    t = t if torch.is_tensor(t) else torch.full((x.shape[0],), float(t), device=x.device)
+    v = model(x, t, context, **kwargs)
+    if guidance == 1:
+        return v
+    v_uncond = model(x, t, negative, **kwargs)
+    return v_uncond + guidance * (v - v_uncond)
+
+
+@torch.no_grad()
+def ode_trajectory(model, noise, context, negative, sigmas, guidance=5.0, solver='unipc'):
+    """Solve the probability-flow ODE from noise; yield x at each sigma, the last one clean.
+
+    noise (B, C, F, H, W); context, negative (B, L', text_dim); sigmas (n + 1,), falling, see `sigma_schedule`.
+    solver: 'euler', or 'unipc' (order 2, B2(h), data prediction, as Wan uses it; there t is rounded down to a whole
+    number, as Wan does).
+    """
+    step = {'euler': euler_step, 'unipc': UniPC().step}[solver]
+    sigmas, x = [float(s) for s in sigmas], noise
+    for i, sigma in enumerate(sigmas[:-1]):
+        t = int(1000 * sigma) if solver == 'unipc' else 1000 * sigma
+        v = guided_velocity(model, x, t, context, negative, guidance)
+        yield x
+        x = step(x, v, sigmas, i)
+    yield x
+
+
+def euler_step(x, v, sigmas, i):
+    """x at sigmas[i] -> x at sigmas[i + 1]."""
+    return x + (sigmas[i + 1] - sigmas[i]) * v
+
+
+class UniPC:
+    """UniPC of order 2 (arXiv 2302.04867, algorithm 1-2 with B2(h) = e^h - 1) for flow models.
+
+    With alpha = 1 - sigma and lambda = log(alpha / sigma), one call corrects x with the model output at it, then
+    predicts the next x. m are x0 predictions.
+    """
+
+    def __init__(self):
+        self.m, self.x, self.order = [], None, 0  # the last two outputs; the last corrected x; order of its predictor
+
+    @staticmethod
+    def log_snr(sigma):
+        if sigma == 0:
+            return math.inf
+        return math.log1p(-sigma) - math.log(sigma) if sigma < 1 else -math.inf
+
+    def step(self, x, v, sigmas, i):
+        lam = [self.log_snr(s) for s in sigmas]
+        m = x - sigmas[i] * v
+        if i > 0:  # corrector, from i - 1 to i, which now knows m at i
+            h = lam[i] - lam[i - 1]
+            if self.order == 1:
+                D = 0.5 * (m - self.m[-1])
+            else:
+                r = (lam[i - 2] - lam[i - 1]) / h
+                b1 = math.expm1(-h) / -h - 1  # phi_2-like terms of eq. 9, divided by B below
+                b2 = b1 / -h - 0.5
+                b1, b2 = b1 / math.expm1(-h), 2 * b2 / math.expm1(-h)
+                rho1 = (b1 - b2) / (1 - r)  # solves rho1 + rho2 = b1, r rho1 + rho2 = b2
+                D = rho1 * (self.m[-2] - self.m[-1]) / r + (b1 - rho1) * (m - self.m[-1])
+            x = self.update(self.x, self.m[-1], D, sigmas[i - 1], sigmas[i], h)
+        self.m, self.x = [*self.m[-1:], m], x
+        self.order = min(2, i + 1, len(sigmas) - 1 - i)  # lower order at both ends
+        h, D = lam[i + 1] - lam[i], 0
+        if self.order == 2:
+            D = 0.5 * (self.m[-2] - m) / ((lam[i - 1] - lam[i]) / h)
+        return self.update(x, m, D, sigmas[i], sigmas[i + 1], h)
+
+    @staticmethod
+    def update(x, m, D, sigma, sigma_next, h):
+        """x' = sigma'/sigma x - alpha' (e^-h - 1)(m + D)."""
+        return sigma_next / sigma * x - (1 - sigma_next) * math.expm1(-h) * (m + D)
+
+
+# ==========================================================================================================
+# PART 2: the frozen networks
+# ==========================================================================================================
+
+# ----------------------------------------------------------------------------------------------------------
 # VAE: Wan 2.1's causal 3-D autoencoder, 8x in space and 4x in time; keys as in Wan2.1_VAE.pth
 #
 # Every module that looks back in time takes an optional `cache`: a plain dict, module -> the last frames it
@@ -1035,211 +1310,6 @@ class TextEncoder:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Sampling: the few-step rollout and the teacher's ODE
-
-@dataclasses.dataclass
-class Chunk:
-    """One chunk of a rollout; latents (B, C, f, H, W)."""
-    start: int  # its first latent frame
-    x0: torch.Tensor  # the clean endpoint
-    states: list  # with record=True: the noisy state at each step that was run
-    predictions: list  # with record=True: the x0 predicted from each of them, without graph
-
-
-def consistency_kernel(x, x0, t, s):
-    """Where the consistency sampler goes from x at t, having predicted x0: N((1 - sigma_s) x0, sigma_s^2 I) at s.
-
-    Returns (mean, standard deviation, d mean / d x0).
-    """
-    return (1 - s / 1000) * x0, s / 1000, 1 - s / 1000
-
-
-def rollout(model, noise, context, steps, chunks, *, window=None, sink=0, init=None, cache=None, exit_step=None,
-            grad_from=0, record=False, kernel=consistency_kernel, generator=None):
-    """Generate a video chunk by chunk with the KV cache, and yield each `Chunk` as soon as it exists.
-
-    Each chunk is denoised by the consistency sampler (CausVid, Self Forcing alg. 1): from x_t predict x0, and
-    re-noise it with fresh noise to the next of `steps`. The last prediction is the endpoint. The endpoint's forward at
-    t = 0, which leaves the chunk's clean keys and values in the cache, shares a pass with the next chunk's first step,
-    unless that carries gradient or the cache rolls; the last chunk needs none.
-
-    model      the DiT (or its DDP wrapper).
-    noise      (B, C, F, H, W): the pure noise that the F new latent frames start from.
-    context    (B, L', text_dim).
-    steps      the timesteps that the network sees, falling from 1000, see `warped_steps`.
-    chunks     sizes of the chunks, summing to F; [F] with a bidirectional model is its few-step sampling.
-    window, sink  latent frames a frame may see, and how many of them are the video's first; None: all.
-    init       (B, C, F', H, W) clean latents that are already there; the rollout goes on after them.
-    cache      a KVCache to use again instead of allocating one; it is reset.
-    exit_step  index of the step at which every chunk stops; its prediction is the endpoint and carries gradient (if
-               gradients are enabled). None: all steps, no gradient.
-    grad_from  chunks that start before this latent frame carry no gradient.
-    record     keep the noisy states and predictions.
-    kernel     where the sampler goes from a prediction: (x, x0, t, next t) -> (mean, standard deviation, ...).
-    generator  of the re-noising noise: None, a torch.Generator, or one for each sample.
-    """
-    net = getattr(model, 'module', model)
-    B, C, F_, H, W = noise.shape
-    begin = 0 if init is None else init.shape[2]
-    if sum(chunks) != F_:
-        raise ValueError(f'chunks {list(chunks)} do not sum to the {F_} latent frames of noise {tuple(noise.shape)}')
-    if exit_step is not None and not 0 <= exit_step < len(steps):
-        raise ValueError(f'exit_step {exit_step} is not the index of one of {len(steps)} steps')
-    if cache is not None:
-        cache.reset()
-    elif len(chunks) > 1 or begin:
-        cache = KVCache(net.config, B, min(window or begin + F_, begin + F_), H * W // 4, sink, window is not None,
-                        net.dtype, noise.device)
-
-    def forward(x, t, start, before=None):
-        """v of a chunk; `before`: the endpoint of the chunk before it, which goes into the cache in the same pass."""
-        t = torch.full((B, x.shape[2]), float(t), device=x.device)
-        if before is None:
-            return model(x, t[:, 0], context, cache=cache, start=start)
-        n = before.shape[2]
-        t = torch.cat([torch.zeros(B, n, device=x.device), t], dim=1)
-        layout = block_causal([n, x.shape[2]])
-        return model(torch.cat([before, x], dim=2), t, context, layout, cache, start - n)[:, :, n:]
-
-    if begin:
-        start = 0
-        for n in chunk_sizes(begin, max(chunks)):
-            with torch.no_grad():
-                forward(init[:, :, start:start + n], 0, start)
-            start += n
-    start, before = begin, None  # the chunk before, while it is not in the cache
-    for n in chunks:
-        x, chunk = noise[:, :, start - begin:start - begin + n], Chunk(start, None, [], [])
-        for k, t in enumerate(steps):
-            carries = k == exit_step and start >= grad_from and torch.is_grad_enabled()
-            if before is not None and (carries or cache.rolling):
-                with torch.no_grad():
-                    forward(before, 0, start - before.shape[2])
-                before = None
-            with torch.set_grad_enabled(carries):
-                x0 = x0_from_v(x, forward(x, t, start, before), t)
-            before = None
-            if record:
-                chunk.states.append(x)
-                chunk.predictions.append(x0.detach())
-            if k == exit_step or k == len(steps) - 1:
-                break
-            mean, std, *_ = kernel(x, x0, t, steps[k + 1])
-            x = mean + std * gaussian(x0.shape, generator, x0.device)
-        chunk.x0 = x0
-        yield chunk
-        start, before = start + n, x0.detach()
-
-
-@torch.no_grad()
-def recorded_rollout(model, noise, context, steps, chunks, generator=None, kernel=consistency_kernel):
-    """The rollout as at inference, with all it went through: (states, endpoints).
-
-    states: for each of `steps` the noisy latents of all chunks (B, C, F, H, W); endpoints (B, C, F, H, W).
-    """
-    parts = list(rollout(model, noise, context, steps, chunks, record=True, kernel=kernel,
-                         generator=generator))
-    states = [torch.cat([part.states[k] for part in parts], dim=2) for k in range(len(steps))]
-    return states, torch.cat([part.x0 for part in parts], dim=2)
-
-
-def interleaved_x0(model, x_t, t, clean, context, chunks):
-    """x0 predicted from every noisy chunk given the clean chunks before it, in one forward (RAVEN's I_u).
-
-    x_t, clean (B, C, F, H, W), t (B, F). On a rollout's own states and endpoints this is what the cached rollout
-    computed, but the history is encoded inside the graph: later chunks' losses reach the weights that encode it.
-    """
-    v = model(interleave(x_t, clean, chunks), interleave(t, torch.zeros_like(t), chunks), context, interleaved(chunks))
-    return x0_from_v(x_t, noisy_part(v, chunks), t)
-
-
-def sigma_schedule(steps=50, shift=5.0):
-    """Noise levels of the multi-step sampler, high to low, ending in 0: (steps + 1,) float64.
-
-    As Wan's FlowUniPC: linspace(0.999, 0) without its end, shifted.
-    """
-    return torch.cat([shift_sigma(torch.linspace(0.999, 0, steps + 1, dtype=torch.float64)[:-1], shift),
-                      torch.zeros(1, dtype=torch.float64)])
-
-
-def guided_velocity(model, x, t, context, negative, guidance, **kwargs):
-    """Classifier-free guidance: v_uncond + guidance (v_cond - v_uncond); t a number, or (B,)."""
-    t = t if torch.is_tensor(t) else torch.full((x.shape[0],), float(t), device=x.device)
-    v = model(x, t, context, **kwargs)
-    if guidance == 1:
-        return v
-    v_uncond = model(x, t, negative, **kwargs)
-    return v_uncond + guidance * (v - v_uncond)
-
-
-@torch.no_grad()
-def ode_trajectory(model, noise, context, negative, sigmas, guidance=5.0, solver='unipc'):
-    """Solve the probability-flow ODE from noise; yield x at each sigma, the last one clean.
-
-    noise (B, C, F, H, W); context, negative (B, L', text_dim); sigmas (n + 1,), falling, see `sigma_schedule`.
-    solver: 'euler', or 'unipc' (order 2, B2(h), data prediction, as Wan uses it; there t is rounded down to a whole
-    number, as Wan does).
-    """
-    step = {'euler': euler_step, 'unipc': UniPC().step}[solver]
-    sigmas, x = [float(s) for s in sigmas], noise
-    for i, sigma in enumerate(sigmas[:-1]):
-        t = int(1000 * sigma) if solver == 'unipc' else 1000 * sigma
-        v = guided_velocity(model, x, t, context, negative, guidance)
-        yield x
-        x = step(x, v, sigmas, i)
-    yield x
-
-
-def euler_step(x, v, sigmas, i):
-    """x at sigmas[i] -> x at sigmas[i + 1]."""
-    return x + (sigmas[i + 1] - sigmas[i]) * v
-
-
-class UniPC:
-    """UniPC of order 2 (arXiv 2302.04867, algorithm 1-2 with B2(h) = e^h - 1) for flow models.
-
-    With alpha = 1 - sigma and lambda = log(alpha / sigma), one call corrects x with the model output at it, then
-    predicts the next x. m are x0 predictions.
-    """
-
-    def __init__(self):
-        self.m, self.x, self.order = [], None, 0  # the last two outputs; the last corrected x; order of its predictor
-
-    @staticmethod
-    def log_snr(sigma):
-        if sigma == 0:
-            return math.inf
-        return math.log1p(-sigma) - math.log(sigma) if sigma < 1 else -math.inf
-
-    def step(self, x, v, sigmas, i):
-        lam = [self.log_snr(s) for s in sigmas]
-        m = x - sigmas[i] * v
-        if i > 0:  # corrector, from i - 1 to i, which now knows m at i
-            h = lam[i] - lam[i - 1]
-            if self.order == 1:
-                D = 0.5 * (m - self.m[-1])
-            else:
-                r = (lam[i - 2] - lam[i - 1]) / h
-                b1 = math.expm1(-h) / -h - 1  # phi_2-like terms of eq. 9, divided by B below
-                b2 = b1 / -h - 0.5
-                b1, b2 = b1 / math.expm1(-h), 2 * b2 / math.expm1(-h)
-                rho1 = (b1 - b2) / (1 - r)  # solves rho1 + rho2 = b1, r rho1 + rho2 = b2
-                D = rho1 * (self.m[-2] - self.m[-1]) / r + (b1 - rho1) * (m - self.m[-1])
-            x = self.update(self.x, self.m[-1], D, sigmas[i - 1], sigmas[i], h)
-        self.m, self.x = [*self.m[-1:], m], x
-        self.order = min(2, i + 1, len(sigmas) - 1 - i)  # lower order at both ends
-        h, D = lam[i + 1] - lam[i], 0
-        if self.order == 2:
-            D = 0.5 * (self.m[-2] - m) / ((lam[i - 1] - lam[i]) / h)
-        return self.update(x, m, D, sigmas[i], sigmas[i + 1], h)
-
-    @staticmethod
-    def update(x, m, D, sigma, sigma_next, h):
-        """x' = sigma'/sigma x - alpha' (e^-h - 1)(m + D)."""
-        return sigma_next / sigma * x - (1 - sigma_next) * math.expm1(-h) * (m + D)
-
-
-# ----------------------------------------------------------------------------------------------------------
 # ImageReward on transformers' BLIP modules; keys as in ImageReward.pt
 
 REWARD_SIZES = dict(image_size=224, patch_size=16, vision_dim=1024, vision_layers=24, vision_heads=16, text_dim=768,
@@ -1328,6 +1398,17 @@ class ImageReward(nn.Module):
         return key
 
 
+def frame_reward(model):
+    """An ImageReward model -> a reward of videos: the mean score of the frames."""
+    def reward(video, prompts):
+        frames = video.unbind(2)
+        if len(frames) == 1:
+            return model.score(frames[0], prompts)
+        # one frame's activations at a time; the rest is recomputed in the backward pass
+        return torch.stack([checkpoint(model.score, f, prompts) for f in frames]).mean(0)
+    return reward
+
+
 def load_function(name, flag, known):
     """The callable that `module:function` names; the module may lie in the current folder. flag and known: what the
     user wrote it after, and what else could stand there."""
@@ -1340,72 +1421,9 @@ def load_function(name, flag, known):
                          '(video (B, 3, T, H, W), prompts) -> (B,)') from error
 
 
-def checked_reward(reward, video, prompts):
-    """reward(video, prompts); a result that is not one number per prompt is an InputError."""
-    rewards = reward(video, prompts)
-    if tuple(rewards.shape) != (len(prompts),):
-        raise InputError(f'the reward returned shape {tuple(rewards.shape)} for a video {tuple(video.shape)} and '
-                         f'{len(prompts)} prompts: it must be ({len(prompts)},)')
-    return rewards
-
-
-def frame_reward(model):
-    """An ImageReward model -> a reward of videos: the mean score of the frames."""
-    def reward(video, prompts):
-        frames = video.unbind(2)
-        if len(frames) == 1:
-            return model.score(frames[0], prompts)
-        # one frame's activations at a time; the rest is recomputed in the backward pass
-        return torch.stack([checkpoint(model.score, f, prompts) for f in frames]).mean(0)
-    return reward
-
-
-def latent_frames(frames):
-    """Latent frames of a video of 1 + 4k frames."""
-    return 1 + (frames - 1) // 4
-
-
-def latent_frame(frame):
-    """The latent frame that a video frame is decoded from: 0 | 1 1 1 1 | 2 2 2 2 | ..."""
-    return (frame + 3) // 4
-
-
-def reward_gradient(reward, vae, latents, prompts, frames, past=None):
-    """Rewards (B,) of some video frames, and their gradient in the latents (B, C, F, H, W), zero where not rewarded.
-
-    frames: ascending. past: decode from so many latent frames before the first rewarded one, at least 1 (None: from
-    the start, which is exact; but the decoder hardly remembers what lies far back).
-    The video is decoded once without a graph, up to the last frame that is needed. The reward's gradient in the pixels
-    is then taken back through the decoder for one latent frame at a time, from the decoder's memory of the earlier
-    ones, which is a constant: the graph is that of one latent frame, however many are rewarded.
-    """
-    where = [latent_frame(frame) for frame in frames]
-    begin = 0 if past is None else max(0, where[0] - past)
-    shown = [frame - 4 * begin for frame in frames]  # a decoder's first latent frame gives one video frame
-    cache, video = {}, []
-    with torch.no_grad():
-        for i in range(begin, where[-1] + 1):
-            if i == where[0]:
-                memory = dict(cache)  # the tensors in it are replaced by later frames, never written to
-            video.append(vae.decode(latents[:, :, i:i + 1], cache))
-        video = torch.cat(video, dim=2)
-        cache.clear()  # gigabytes at full size
-    picked = video[:, :, shown].requires_grad_()  # (B, 3, len(frames), H, W)
-    with torch.enable_grad():
-        rewards = checked_reward(reward, picked, prompts)
-        pixels = torch.zeros_like(video)
-        pixels[:, :, shown], = torch.autograd.grad(rewards.sum(), picked)
-    gradient = torch.zeros_like(latents)
-    for i in range(where[0], where[-1] + 1):
-        z = latents[:, :, i:i + 1].detach().requires_grad_()
-        with torch.set_grad_enabled(i in where):
-            out = vae.decode(z, memory)
-        if i in where:
-            start = max(0, 4 * (i - begin) - 3)
-            gradient[:, :, i:i + 1], = torch.autograd.grad(out, z, pixels[:, :, start:start + out.shape[2]])
-            memory = {module: x.detach() if torch.is_tensor(x) else x for module, x in memory.items()}
-    return rewards.detach(), gradient
-
+# ==========================================================================================================
+# PART 3: files and runs
+# ==========================================================================================================
 
 # ----------------------------------------------------------------------------------------------------------
 # Loading: model folders and hub repositories in both public layouts, and every generator checkpoint in the wild
