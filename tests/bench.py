@@ -5,6 +5,7 @@
     python tests/bench.py train                                 # a step of every stage, on the tiny model
     python tests/bench.py train -- --model DIR --frames 81      # what follows -- goes to every stage
     python tests/bench.py memory --size 1.3B                    # peak memory of every stage, simulated on any machine
+    python tests/bench.py check                                 # all of it, and its correctness, on this machine's card
 
 Times are medians. The limit that `generate` prints is counted: floating-point operations of the DiT in closed form, of
 the decoder by torch's counter, over what this machine's own matrix product reaches in the same run.
@@ -63,8 +64,9 @@ class Bench:
         self.cuda = self.device.type == 'cuda'
         self.dtype = compute_dtype(args, self.device)
         self.warmup, self.repeats = args.warmup, args.repeats
-        name = torch.cuda.get_device_name() if self.cuda else f'CPU, {torch.get_num_threads()} threads'
-        print(f'{name}, torch {torch.__version__}, {self.dtype}, {self.warmup} warm-up runs, median of {self.repeats}')
+        card = torch.cuda.get_device_name() if self.cuda else f'CPU, {torch.get_num_threads()} threads'
+        self.name = f'{card}, torch {torch.__version__}, {str(self.dtype)[6:]}'
+        print(f'{self.name}, {self.warmup} warm-up runs, median of {self.repeats}')
 
     def now(self):
         if self.cuda:
@@ -139,9 +141,9 @@ def decoder_flops(vae, shape):
 
 
 @torch.inference_mode()
-def generate(args):
-    """Where the time of one streamed video goes, and how far it is from the machine's limit."""
-    bench, config = Bench(args), SIZES[args.size]
+def generate(args, bench):
+    """Where the time of one streamed video goes, and how far it is from the machine's limit: [(what, figure)]."""
+    config = SIZES[args.size]
     text = bench.text(config)  # before the other models, and gone before they are made
     model, vae = make_models(args.size, bench)
     h, w, frames = picture(args)
@@ -185,31 +187,31 @@ def generate(args):
         operations += passes * dit_flops(config, n * tokens, seen * tokens, config.text_len, args.batch)
         traffic += passes * (weights + seen * kept)
     speed, decoding, copied = bench.flops(), decoder_flops(vae, shape), bench.bandwidth()
-    print(f'{args.size} at {w}x{h}, {frames} frames, batch {args.batch}, chunks of {args.chunk} latent frames'
-          + (', compiled' if args.compile else ''))
-    for name, value in [
-            ('attention', bench.attention(config, args.chunk * tokens, shape[2] * tokens)),
-            ('text', f'{text:.3f} s'), ('DiT per chunk', ' '.join(f'{x:.3f}' for x in median[::2]) + ' s'),
-            ('decoder per chunk', ' '.join(f'{x:.3f}' for x in median[1::2]) + ' s'),
-            ('first chunk', f'{statistics.median(row[0] + row[1] for row in rows):.3f} s'),
-            ('end to end, without text', f'{whole:.3f} s, {args.batch * frames / whole:.2f} FPS'),
-            ('DiT alone', f'{alone:.3f} s, {args.batch * frames / alone:.2f} FPS'),
-            ('matrix product here', f'{speed / 1e12:.2f} TFLOP/s'),
-            ('limit of the DiT', f'{operations / 1e12:.3f} TFLOP, {operations / speed:.3f} s: '
-                                 f'{100 * operations / speed / alone:.0f} % reached'),
-            ('least traffic of the DiT', f'{traffic / 1e9:.2f} GB of weights, keys and values, {traffic / copied:.3f} s'
-                                         f' at {copied / 1e9:.0f} GB/s here'),
-            ('limit of the decoder', f'{decoding / 1e12:.3f} TFLOP, {decoding / speed:.3f} s: '
-                                     f'{100 * decoding / speed / max(whole - alone, 1e-9):.0f} % reached'),
-            ('peak memory', f'{memory:.2f} GiB, without text encoder' if bench.cuda else 'not measured on a CPU')]:
-        print(f'{name:<28}{value}')
+    return [
+        ('video', f'{args.size} at {w}x{h}, {frames} frames, batch {args.batch}, chunks of {args.chunk} latent frames'
+                  + (', compiled' if args.compile else '')),
+        ('attention', bench.attention(config, args.chunk * tokens, shape[2] * tokens)),
+        ('text', f'{text:.3f} s'), ('DiT per chunk', ' '.join(f'{x:.3f}' for x in median[::2]) + ' s'),
+        ('decoder per chunk', ' '.join(f'{x:.3f}' for x in median[1::2]) + ' s'),
+        ('first chunk', f'{statistics.median(row[0] + row[1] for row in rows):.3f} s'),
+        ('end to end, without text', f'{whole:.3f} s, {args.batch * frames / whole:.2f} FPS'),
+        ('DiT alone', f'{alone:.3f} s, {args.batch * frames / alone:.2f} FPS'),
+        ('matrix product here', f'{speed / 1e12:.2f} TFLOP/s'),
+        ('limit of the DiT', f'{operations / 1e12:.3f} TFLOP, {operations / speed:.3f} s: '
+                             f'{100 * operations / speed / alone:.0f} % reached'),
+        ('least traffic of the DiT', f'{traffic / 1e9:.2f} GB of weights, keys and values, {traffic / copied:.3f} s'
+                                     f' at {copied / 1e9:.0f} GB/s here'),
+        ('limit of the decoder', f'{decoding / 1e12:.3f} TFLOP, {decoding / speed:.3f} s: '
+                                 f'{100 * decoding / speed / max(whole - alone, 1e-9):.0f} % reached'),
+        ('peak memory', f'{memory:.2f} GiB, without text encoder' if bench.cuda else 'not measured on a CPU')]
 
 
 @torch.inference_mode()
-def peers(args):
-    """The same weights and the same work through diffusers' Wan classes, and the cache against no cache."""
+def peers(args, bench):
+    """The same weights and the same work through diffusers' Wan classes, and the cache against no cache: [(what,
+    seconds here and there, and how many times as fast)]."""
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
-    bench, config = Bench(args), SIZES[args.size]
+    config = SIZES[args.size]
     model, vae = make_models(args.size, bench)
     h, w, _ = picture(args)
     tokens = h * w // 256
@@ -226,8 +228,6 @@ def peers(args):
         compile_for_inference(model, vae)
     context = torch.randn(1, config.text_len, config.text_dim, device=bench.device, dtype=bench.dtype)
     t = torch.tensor([500.0], device=bench.device)
-    print(f'{args.size} at {w}x{h}; seconds here{" (compiled)" if args.compile else ""} and in diffusers, and how many '
-          'times as fast')
     rows = []
     for name, frames in (('forward, 3 latent frames', 3), ('forward, 21 latent frames', 21)):
         x = torch.randn(1, 16, frames, h // 8, w // 8, device=bench.device, dtype=bench.dtype)
@@ -238,8 +238,10 @@ def peers(args):
     same = (vae.decode(z, at_once=3) - their_vae.decode(scaled).sample.float()).abs().max().item()
     rows.append(('decode, 6 latent frames', *bench.seconds(lambda: vae.decode(z, at_once=3),
                                                            lambda: their_vae.decode(scaled)), same))
-    for name, ours, other, same in rows:
-        print(f'{name:<28}{ours:.3f} s  {other:.3f} s  {other / ours:.2f}x   largest difference {same:.1e}')
+    found = [('video', f'{args.size} at {w}x{h}{", compiled" * args.compile}: seconds here, in diffusers, and how many '
+                       'times as fast')]
+    found += [(name, f'{ours:.3f} s  {other:.3f} s  {other / ours:.2f}x   largest difference {same:.1e}')
+              for name, ours, other, same in rows]
     if not args.compile:
         with torch.profiler.profile() as profile:
             model(x, t, context)
@@ -248,7 +250,7 @@ def peers(args):
         names = re.compile('addmm|mm$|linear_pointwise|scaled_dot_product')
         kernels = sum(time for key, time in spent.items() if names.search(key))
         share = 100 * kernels / sum(spent.values())
-        print(f'    matrix products and attention are {share:.0f} % of it')
+        found.append(('    matrix products, attention', f'{share:.0f} % of it'))
 
     noise, chunks = torch.randn(1, 16, 21, h // 8, w // 8, device=bench.device), [3] * 7
     cache = KVCache(config, 1, 21, tokens, rolling=False, dtype=bench.dtype, device=bench.device)
@@ -262,9 +264,10 @@ def peers(args):
                       block_causal(seen))
     cached, *others = bench.seconds(lambda: list(rollout(model, noise, context, steps, chunks, cache=cache)),
                                     lambda: recomputed(False), lambda: recomputed(True))
-    print(f'rollout of 7 chunks         {cached:.3f} s with a cache')
-    for other, what in zip(others, ('all frames so far', 'the whole sequence')):
-        print(f'    recomputing {what:<20}{other:.3f} s  {other / cached:.2f}x')
+    found.append(('rollout of 7 chunks', f'{cached:.3f} s with a cache'))
+    for other, what in zip(others, ('frames so far', 'the sequence')):
+        found.append((f'    recomputing {what}', f'{other:.3f} s  {other / cached:.2f}x'))
+    return found
 
 
 STAGES = ('student', 'ode', 'reward', 'reward_all', 'causvid', 'teacher_forcing', 'self_forcing', 'raven',
@@ -335,33 +338,40 @@ class Unread(TorchFunctionMode):
         return reads[function.__name__] if function.__name__ in reads else function(*args, **(kwargs or {}))
 
 
-def fake(make, dtype=torch.float32):
-    """A model without values; its weights are of this dtype from the start."""
+def random_model(make, dtype=torch.float32, device='cpu'):
+    """A model with random weights of this dtype from the start; in a FakeTensorMode it has no values at all."""
     torch.set_default_dtype(dtype)
     try:
-        return make().eval()
+        with torch.device(device):
+            return make().eval()
     finally:
         torch.set_default_dtype(torch.float32)
 
 
-def fake_stage(module, argv, sizes, size, batch):
-    """Two steps of a stage's own train() on fake tensors: its models have random weights, and no text encoder. Two
-    timesteps instead of four take as much memory. size: height, width and frames of the videos."""
+def random_stage(module, argv, sizes, size, batch, device=torch.device('cpu')):
+    """Two steps of a stage's own train() with random models and without a text encoder; returns its metrics.
+
+    In a FakeTensorMode nothing is computed, and shapes and memory are the real ones. Two timesteps instead of four take
+    as much memory. size: height, width and frames of the videos.
+    """
     height, width, frames = size
+    simulated = torch._guards.detect_fake_mode() is not None
 
-    def dit(name, dtype=torch.float32, device=None):
-        return fake(lambda: WanModel(sizes.get(name, sizes[None])), dtype)
+    def dit(name, dtype=torch.float32, *_):
+        model = random_model(lambda: WanModel(sizes.get(name, sizes[None])), dtype, device)
+        torch.nn.init.normal_(model.head.head.weight, std=0.02)
+        return model
 
-    def image_reward(name, device):
-        model = fake(ImageReward).requires_grad_(False)
-        model.tokenize = lambda prompts: [torch.ones(len(prompts), 35, dtype=torch.long) for _ in range(2)]
+    def image_reward(*_):
+        model = random_model(ImageReward, device=device).requires_grad_(False)
+        model.tokenize = lambda prompts: [torch.ones(len(prompts), 35, dtype=torch.long, device=device)] * 2
         return model
 
     def text(*_):
-        return lambda prompts: torch.zeros(len(prompts), sizes[None].text_len, sizes[None].text_dim)
+        return lambda prompts: torch.randn(len(prompts), sizes[None].text_len, sizes[None].text_dim, device=device)
     stand_ins = {
         'find_folder': lambda name: name, 'load_dit': dit, 'load_image_reward': image_reward, 'load_text_encoder': text,
-        'load_vae': lambda *_: fake(WanVAE, torch.bfloat16).requires_grad_(False),
+        'load_vae': lambda *_: random_model(WanVAE, torch.bfloat16, device).requires_grad_(False),
         'Trajectories': lambda folder: Trajectory(*size),
         'load_checkpoint': lambda *_: {'timesteps': '1000, 625'}}
     with contextlib.ExitStack() as stack:
@@ -373,11 +383,14 @@ def fake_stage(module, argv, sizes, size, batch):
         for name, value in stand_ins.items():
             if hasattr(module, name):
                 stack.enter_context(mock.patch.object(module, name, value))
-        # one call over all keys: what flex attention keeps on a GPU, and not the groups of rectangles
-        stack.enter_context(mock.patch('wan_causal.attend', lambda q, k, v, *_: scaled_dot_product_attention(q, k, v)))
         stack.enter_context(mock.patch('wan_causal.Run.due', lambda *_: False))  # neither samples nor saves
-        stack.enter_context(mock.patch('torch.nn.Module.to', lambda model, *_: model))
-        module.train(args, Process(0, 1, torch.device('cpu')))
+        if simulated:
+            # one call over all keys: what flex attention keeps on a GPU, and not the groups of rectangles
+            stack.enter_context(mock.patch('wan_causal.attend',
+                                           lambda q, k, v, *_, **kw: scaled_dot_product_attention(q, k, v)))
+            stack.enter_context(mock.patch('torch.nn.Module.to', lambda model, *_: model))
+        module.train(args, Process(0, 1, device))
+        return [json.loads(line) for line in (Path(out) / 'metrics.jsonl').read_text().splitlines()]
 
 
 class Trajectory:
@@ -398,7 +411,7 @@ class Trajectory:
 def fake_generation(config, bidirectional, size, batch):
     """What generate.py (batch 1) and ode_init.py sample do, on fake tensors."""
     height, width, frames = size
-    model, vae = (fake(make, torch.bfloat16) for make in (lambda: WanModel(config), WanVAE))
+    model, vae = (random_model(make, torch.bfloat16) for make in (lambda: WanModel(config), WanVAE))
     noise = torch.randn(batch, 16, latent_frames(frames), height // 8, width // 8)
     text = torch.zeros(batch, config.text_len, config.text_dim)
     if bidirectional:
@@ -419,7 +432,7 @@ def memory(args):
     causal = ['--ratio', '1', '--student', 'causal']
 
     def stage(module, *argv):
-        return lambda: fake_stage(module, argv, {None: config, giant: large}, size, args.batch)
+        return lambda: random_stage(module, argv, {None: config, giant: large}, size, args.batch)
     stages = {
         'generate.py': lambda: fake_generation(config, False, size, args.batch),
         'generate.py --bidirectional': lambda: fake_generation(config, True, size, args.batch),
@@ -445,7 +458,7 @@ def memory(args):
 
 def main():
     p = argparse.ArgumentParser(description='Speed and memory of this project on this machine.')
-    p.add_argument('verb', choices=['generate', 'peers', 'train', 'memory'])
+    p.add_argument('verb', choices=['generate', 'peers', 'train', 'memory', 'check'])
     p.add_argument('--size', choices=SIZES, default='tiny', help='of the random weights')
     p.add_argument('--height', type=int, help='pixels (default: the size\'s own)')
     p.add_argument('--width', type=int, help='pixels')
@@ -458,13 +471,23 @@ def main():
     p.add_argument('--repeats', type=int, default=3, help='runs of which the median counts')
     p.add_argument('--device', help='cpu or cuda (default: cuda if there is one)')
     p.add_argument('--dtype', choices=['float32', 'bfloat16'], help='default: bfloat16 on cuda, else float32')
+    parts = ['correctness', 'stages', 'full', 'speed']
+    p.add_argument('--parts', nargs='+', choices=parts, default=parts, help='check: which of its parts')
+    p.add_argument('--only', default='', help='check: those whose name has a match of this regular expression')
+    p.add_argument('--out', default='gpu.json', help='check: the file of its rows; Markdown goes beside it')
     p.epilog = 'train: what follows -- are flags of all stages.'
     cut = sys.argv.index('--') if '--' in sys.argv else len(sys.argv)
     args = p.parse_args(sys.argv[1:cut])
     if args.verb == 'train':
         train(args, sys.argv[cut + 1:])
+    elif args.verb == 'memory':
+        memory(args)
+    elif args.verb == 'check':
+        import check
+        sys.exit(check.check(args))
     else:
-        {'generate': generate, 'peers': peers, 'memory': memory}[args.verb](args)
+        for name, value in {'generate': generate, 'peers': peers}[args.verb](args, Bench(args)):
+            print(f'{name:<28}{value}')
 
 
 if __name__ == '__main__':
