@@ -68,7 +68,7 @@ class Report:
             torch.cuda.empty_cache()
         seconds = time.perf_counter() - began
         self.rows.append(dict(part=part, name=name, passed=passed, figure=figure, seconds=round(seconds, 1)))
-        print(f'{"pass" if passed else "FAIL"}  {name:<52}{figure}  [{seconds:.1f} s]', flush=True)
+        print(f'{"pass" if passed else "FAIL"}  {name:<62} {figure}  [{seconds:.1f} s]', flush=True)
 
     def write(self, path, machine):
         """gpu.json, and the same as Markdown beside it."""
@@ -339,7 +339,8 @@ def run_script(*command, kill_after=None):
                 process.send_signal(signal.SIGKILL)
                 return ''.join(lines)
     if process.returncode:
-        raise RuntimeError(f'exit code {process.returncode}: {lines[-1].strip() if lines else "no output"}')
+        said = [line.strip() for line in lines if 'rror' in line] or lines or ['no output']
+        raise RuntimeError(f'exit code {process.returncode}: {said[-1]}')
     return ''.join(lines)
 
 
