@@ -70,7 +70,7 @@ def parse_args(argv=None):
     g.add_argument('--negative', default=NEGATIVE_PROMPT, help='negative prompt')
     g = p.add_argument_group('machine')
     machine_flags(g)
-    g.add_argument('--compile', action='store_true', help='compile DiT blocks and decoder norms (a minute, once)')
+    g.add_argument('--compile', action='store_true', help='compile DiT blocks and decoder (a minute or two, once)')
     g.add_argument('--bench', action='store_true', help='run twice and print a table of times of the second run')
     args = parse_stage(p, 'generate', argv)
     args.segment = p.get_default('frames')  # the model's own length
@@ -299,7 +299,7 @@ def bench_table(clock, args, dtype, process):
     process.print('\n'.join(f'{name:<28}{value}' for name, value in rows))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def main():
     args = parse_args()
     folder, jobs = find_folder(args.model), read_jobs(args)

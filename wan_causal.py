@@ -15,11 +15,13 @@ Latents are float32 everywhere; the networks convert to their own dtype and back
 """
 import argparse
 import contextlib
+import copy
 import dataclasses
 import datetime
 import functools
 import html
 import importlib
+import itertools
 import json
 import math
 import os
@@ -37,11 +39,6 @@ from tqdm import tqdm
 
 # Recompute in the backward pass instead of keeping activations; nothing in them is random.
 checkpoint = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
-
-
-def remembered(count):
-    """Decorator: keep the last `count` results. Tensors first made in inference mode can be trained with later."""
-    return lambda function: functools.lru_cache(count)(torch.inference_mode(False)(function))
 
 
 class InputError(ValueError):
@@ -246,7 +243,7 @@ def compiled_flex():
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
-@remembered(64)
+@functools.lru_cache(maxsize=64)
 def flex_mask(visible, tokens, device, block=128):
     """Rows of booleans over frames -> flex attention's BlockMask over tokens, made from the frames: torch's own
     create_block_mask looks at each pair of tokens, which takes gigabytes for a long interleaved sequence."""
@@ -272,37 +269,36 @@ def flex_mask(visible, tokens, device, block=128):
 def attend(q, k, v, visible=None, backend='auto'):
     """Softmax attention in which query frame i sees the key frames j with visible[i][j].
 
-    q (B, N, Fq * S, D), k and v (B, N, Fk * S, D) -> (B, N, Fq * S, D). visible: Fq rows of Fk booleans, or None for
-    all. A mask over whole frames is a union of full rectangles, so there are two exact ways to compute it:
-    'rectangles', one unmasked scaled_dot_product_attention per group of query frames that see the same keys, which
-    needs no compiler and runs anywhere; and 'flex', one flex-attention kernel, the faster one on CUDA when there are
-    many groups. 'auto' takes flex for more than two groups on CUDA, else rectangles (flex has no backward on CPU).
-    'matmul': rectangles of two matrix products and a softmax, whose compiled backward is the faster one on a CPU.
+    q (B, N, Fq * S, D), k and v (B, N, Fk * S, D) -> (B, N, Fq * S, D).
+    visible: Fq rows of Fk booleans, or None: everything sees everything.
+    backend: how a mask is computed, 'rectangles', 'flex', or 'auto': flex for more than two groups
+             of query frames on CUDA, else rectangles (flex has no backward on a CPU). All are exact.
     """
-    full = matmul_attention if backend == 'matmul' else F.scaled_dot_product_attention
     if visible is None:
-        return full(q, k, v)
-    tokens = q.shape[2] // len(visible)
-    if backend == 'flex' or (backend == 'auto' and q.is_cuda and len(set(visible)) > 2):
-        if q.is_cuda:
-            return compiled_flex()(q, k, v, block_mask=flex_mask(visible, tokens, q.device))
-        from torch.nn.attention.flex_attention import flex_attention  # eager: slow, forward only, good for proofs
-        return flex_attention(q, k, v, block_mask=flex_mask(visible, tokens, q.device))
-    out, start = [], 0
-    while start < len(visible):
-        stop = start + 1
-        while stop < len(visible) and visible[stop] == visible[start]:
-            stop += 1
-        seen = runs([j for j, sees in enumerate(visible[start]) if sees])
-        out.append(full(q[:, :, start * tokens:stop * tokens], take_frames(k, seen, tokens),
-                        take_frames(v, seen, tokens)))
+        return F.scaled_dot_product_attention(q, k, v)
+    if backend == 'auto':
+        backend = 'flex' if q.is_cuda and len(set(visible)) > 2 else 'rectangles'
+    return {'flex': attend_flex, 'rectangles': attend_rectangles}[backend](q, k, v, visible)
+
+
+def attend_flex(q, k, v, visible):
+    """One flex-attention kernel for the whole mask. On a CPU uncompiled: slow, forward only, good for proofs."""
+    from torch.nn.attention.flex_attention import flex_attention
+    mask = flex_mask(visible, q.shape[2] // len(visible), q.device)
+    return (compiled_flex() if q.is_cuda else flex_attention)(q, k, v, block_mask=mask)
+
+
+def attend_rectangles(q, k, v, visible):
+    """A mask over whole frames is a union of full rectangles: one unmasked call for each group of neighbouring query
+    frames that see the same keys. Needs no compiler and runs anywhere."""
+    tokens, out, start = q.shape[2] // len(visible), [], 0
+    for seen, group in itertools.groupby(visible):
+        stop = start + len(list(group))
+        where = runs([j for j, sees in enumerate(seen) if sees])
+        keys, values = (take_frames(x, where, tokens) for x in (k, v))
+        out.append(F.scaled_dot_product_attention(q[:, :, start * tokens:stop * tokens], keys, values))
         start = stop
-    return torch.cat(out, dim=2) if len(out) > 1 else out[0]
-
-
-def matmul_attention(q, k, v):
-    """`scaled_dot_product_attention` in the open: softmax(q k^T / sqrt(D)) v."""
-    return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
+    return torch.cat(out, dim=2)
 
 
 def take_frames(x, where, tokens):
@@ -315,8 +311,8 @@ class KVCache:
     """Self-attention keys (after RoPE) and values of past latent frames, and the prompt's cross-attention ones.
 
     Preallocated: per layer (B, N, frames * S, D). With fewer `frames` than the video has, it is a ring: softmax does
-    not care about order, so a new frame overwrites the oldest one, except the first `sink` frames, which stay. Slots
-    are chosen on the host from frame numbers alone, so nothing waits for the device.
+    not care about order, so a new frame overwrites the oldest one, except the first `sink` frames, which stay. Frames
+    come in order from 0 on, so which slot holds which follows from their numbers, and nothing waits for the device.
     """
 
     def __init__(self, config, batch, frames, tokens, sink=0, rolling=True, dtype=torch.float32, device='cpu'):
@@ -328,15 +324,9 @@ class KVCache:
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
         self.cross = None  # per layer (keys, values) of the prompt, computed at the first forward
         self.frames, self.tokens, self.sink, self.rolling = frames, tokens, sink, rolling
-        self.position = [None] * frames  # which latent frame each slot holds
 
-    def reset(self):
-        """Forget the video and the prompt; the memory stays."""
-        self.position = [None] * self.frames
-        self.cross = None
-
-    def slots_for(self, start, count):
-        """The slots of latent frames start .. start + count - 1."""
+    def slots(self, start, count):
+        """The slots of latent frames start .. start + count - 1. ValueError if there are none for them."""
         ring = self.frames - self.sink
         if start + count - max(start, self.sink) > ring:
             raise ValueError(f'a chunk of {count} latent frames does not fit a cache of {self.frames} with a sink '
@@ -345,42 +335,24 @@ class KVCache:
             raise ValueError(f'latent frames {start} to {start + count - 1} do not fit a cache of {self.frames}')
         return [p if p < self.frames else self.sink + (p - self.sink) % ring for p in range(start, start + count)]
 
-    def claim(self, start, layout):
-        """Give slots to new frames and return (slots, the slots that each sees): all earlier frames, and each other as
-        `layout` says."""
-        count = len(layout)
-        slots = self.slots_for(start, count)
-        for i, slot in enumerate(slots):
-            self.position[slot] = start + i
-        visible = tuple(tuple(p is not None and (p < start or p < start + count and layout.sees(q, p - start))
-                              for p in self.position) for q in range(count))
-        return slots, None if all(map(all, visible)) else visible
+    def extend(self, layer, start, k, v):
+        """The keys and values that latent frames start, start + 1, ... see: their own and those before them.
 
-    def write(self, layer, slots, k, v):
-        """Store new keys and values (B, N, count * S, D) and return the whole buffers. Not differentiable."""
-        done = 0
-        for a, b in slot_runs(slots):
-            part = slice(done * self.tokens, (done + b - a) * self.tokens)
-            self.k[layer][:, :, a * self.tokens:b * self.tokens] = k[:, :, part]
-            self.v[layer][:, :, a * self.tokens:b * self.tokens] = v[:, :, part]
-            done += b - a
-        return self.k[layer], self.v[layer]
-
-    def past(self, layer, start, count):
-        """Keys and values that frames start .. start + count - 1 see besides their own, for a forward with gradient.
-
-        They are copied when a later chunk may overwrite them before the backward pass reads them.
+        k, v (B, N, count * S, D) -> both (B, N, seen * S, D). Without gradient the new ones are written into the ring,
+        over what an earlier denoising step of the same frames has left there, and views of it are returned. With
+        gradient nothing is written: the history is a constant, and gradient reaches the new ones.
         """
-        claimed = self.slots_for(start, count)
-        old = runs([s for s, p in enumerate(self.position) if s not in claimed and p is not None and p < start])
-        k, v = (take_frames(x, old, self.tokens) for x in (self.k[layer], self.v[layer]))
-        return (k.clone(), v.clone()) if self.rolling else (k, v)
-
-
-def slot_runs(slots):
-    """Slots in frame order -> contiguous (start, stop) pieces in that order; a ring's chunk may wrap round."""
-    wrap = next((i for i in range(1, len(slots)) if slots[i] < slots[i - 1]), len(slots))
-    return runs(slots[:wrap]) + runs(slots[wrap:])
+        count = k.shape[2] // self.tokens
+        slots = self.slots(start, count)
+        if torch.is_grad_enabled():
+            old = runs([slot for slot in range(min(start, self.frames)) if slot not in slots])
+            return tuple(torch.cat([take_frames(past[layer], old, self.tokens), new], dim=2)
+                         for past, new in ((self.k, k), (self.v, v)))
+        seen = min(start + count, self.frames) * self.tokens
+        for past, new in ((self.k, k), (self.v, v)):
+            for slot, frame in zip(slots, new.split(self.tokens, dim=2)):
+                past[layer][:, :, slot * self.tokens:(slot + 1) * self.tokens] = frame
+        return self.k[layer][:, :, :seen], self.v[layer][:, :, :seen]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -416,7 +388,7 @@ CONFIGS = {
 MAX_POSITION = 1024  # rows of Wan's RoPE tables
 
 
-@remembered(8)
+@functools.lru_cache(maxsize=8)
 def rope_axis(count, device):
     """cos and sin (1024, count, 2) of the `count` angles of each position along one axis."""
     theta = 10000.0 ** (-torch.arange(count, dtype=torch.float64) / count)
@@ -424,7 +396,7 @@ def rope_axis(count, device):
     return torch.stack([angles.cos(), angles.sin()], dim=-1).float().to(device)
 
 
-@remembered(64)
+@functools.lru_cache(maxsize=64)
 def rope_table(position, height, width, head_dim, device):
     """cos and sin (L, 1, D/2, 2) of each token's angles: D/2 - 2(D/6) of them for time, D/6 for height and for width.
 
@@ -445,13 +417,8 @@ def rope_table(position, height, width, head_dim, device):
 
 def rotate(x, rope):
     """RoPE on neighbouring numbers, (a, b) -> (a cos - b sin, a sin + b cos): x (B, L, N, D), rope as `rope_table`."""
-    pairs = x.float().unflatten(-1, (-1, 2))
-    if x.is_cuda or torch.compiler.is_compiling():  # the compiler fuses this, but no complex numbers
-        (a, b), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
-        pairs = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
-    else:  # several times as fast on a CPU
-        pairs = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
-    return pairs.flatten(-2).to(x.dtype)
+    (a, b), (cos, sin) = x.float().unflatten(-1, (-1, 2)).unbind(-1), rope.unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
 def sinusoid(t, dim):
@@ -469,8 +436,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x):
-        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square()
-        return (x * torch.rsqrt(square / x.shape[-1] + self.eps) * self.weight.float()).to(x.dtype)
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -479,36 +445,6 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x):
         weight, bias = (None, None) if self.weight is None else (self.weight.float(), self.bias.float())
         return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
-
-
-HAS_ONEDNN = torch.backends.mkldnn.is_available()  # asked once: within a compiled block the question would cut it up
-
-
-def suits_onednn(x):
-    """Whether x is float32 on a CPU where torch has oneDNN, which is often faster than what torch would choose."""
-    return HAS_ONEDNN and x.device.type == 'cpu' and x.dtype == torch.float32
-
-
-def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """x W^T + b, not differentiable, fused with nothing; torch's own compiler calls it for constant weights."""
-    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, 'none', [], '')
-
-
-# Under a name that torch.compile leaves alone; by its own it would ask for constant weights.
-compiled_linear = torch.library.custom_op('wan_causal::linear', onednn_linear, mutates_args=())
-compiled_linear.register_fake(lambda x, weight, bias: x.new_empty(*x.shape[:-1], len(weight)))
-
-
-class Linear(nn.Linear):
-    """Linear layer. Without gradient, in float32 on a CPU, it is oneDNN's, which on AMD is twice as fast as torch's own
-    choice; fewer than 64 tokens gain nothing."""
-
-    def forward(self, x):
-        plain = torch.is_grad_enabled() or torch.is_autocast_enabled('cpu') or x.shape[:-1].numel() < 64
-        if plain or not suits_onednn(x):
-            return super().forward(x)
-        linear = compiled_linear if torch.compiler.is_compiling() else onednn_linear
-        return linear(x, self.weight, self.bias)
 
 
 def modulate(x, shift, scale):
@@ -528,7 +464,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.heads = config.num_heads
-        self.q, self.k, self.v, self.o = (Linear(config.dim, config.dim) for _ in range(4))
+        self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(config.dim, config.eps), RMSNorm(config.dim, config.eps)
 
     def split(self, x, rope=None):
@@ -555,19 +491,19 @@ class Block(nn.Module):
         self.norm3 = LayerNorm(config.dim, config.eps)
         self.cross_attn = Attention(config)
         self.norm2 = LayerNorm(config.dim, config.eps, elementwise_affine=False)
-        self.ffn = nn.Sequential(Linear(config.dim, config.ffn_dim), nn.GELU('tanh'),
-                                 Linear(config.ffn_dim, config.dim))
+        self.ffn = nn.Sequential(nn.Linear(config.dim, config.ffn_dim), nn.GELU('tanh'),
+                                 nn.Linear(config.ffn_dim, config.dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim ** 0.5)
 
-    def forward(self, x, e, text, rope, visible, backend, extend=None):
+    def forward(self, x, e, text, rope, visible=None, backend='auto', extend=None):
         """x (B, L, C); e (B, F or 1, 6, C) float32; text: (B, L', C), or its keys and values; visible: see `attend`.
 
-        extend: takes the new keys and values and returns all that the queries may read (the KV cache).
+        extend: takes the new keys and values and returns all that the queries may read, see `KVCache.extend`.
         """
         q, k, v = self.before(x, e, rope)
         if extend is not None:
             k, v = extend(k, v)
-        return self.after(x, attend(q, k, v, visible, backend), e, text, backend)
+        return self.after(x, attend(q, k, v, visible, backend), e, text)
 
     def before(self, x, e, rope):
         """Queries, keys and values of self-attention; like `after`, it has static shapes and compiles well."""
@@ -575,12 +511,12 @@ class Block(nn.Module):
         y = modulate(self.norm1(x), shift, scale)
         return self.self_attn.queries(y, rope), *self.self_attn.keys_values(y, rope)
 
-    def after(self, x, attended, e, text, backend):
+    def after(self, x, attended, e, text):
         """What follows self-attention."""
         gate1, shift, scale, gate2 = (self.modulation.float() + e)[:, :, 2:].chunk(4, dim=2)
         x = gated(x, self.self_attn.output(attended), gate1)
         k, v = text if isinstance(text, tuple) else self.cross_attn.keys_values(text)
-        x = x + self.cross_attn.output(attend(self.cross_attn.queries(self.norm3(x)), k, v, backend=backend))
+        x = x + self.cross_attn.output(attend(self.cross_attn.queries(self.norm3(x)), k, v))
         return gated(x, self.ffn(modulate(self.norm2(x), shift, scale)), gate2)
 
 
@@ -588,7 +524,7 @@ class Head(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.norm = LayerNorm(config.dim, config.eps, elementwise_affine=False)
-        self.head = Linear(config.dim, config.out_dim * math.prod(config.patch_size))
+        self.head = nn.Linear(config.dim, config.out_dim * math.prod(config.patch_size))
         self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim ** 0.5)
 
     def forward(self, x, e):
@@ -610,9 +546,9 @@ class WanModel(nn.Module):
         self.checkpointing, self.autocast, self.backend = False, None, 'auto'
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, stride=config.patch_size)
-        self.text_embedding = nn.Sequential(Linear(config.text_dim, dim), nn.GELU('tanh'), Linear(dim, dim))
-        self.time_embedding = nn.Sequential(Linear(config.freq_dim, dim), nn.SiLU(), Linear(dim, dim))
-        self.time_projection = nn.Sequential(nn.SiLU(), Linear(dim, dim * 6))
+        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU('tanh'), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim * 6))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
         for name, module in self.named_modules():  # as in Wan's init_weights
@@ -630,10 +566,9 @@ class WanModel(nn.Module):
         t        timesteps in [0, 1000], one per sample (B,) or per latent frame (B, F).
         context  (B, L', text_dim) text embeddings; ignored when the cache already holds the prompt.
         layout   positions and visibility of the frames; default: `bidirectional`.
-        cache    a KVCache: the frames are a chunk at positions start, start + 1, ... that sees what the cache holds.
-                 Without gradient its keys and values are written into the cache (a clean pass at t = 0 after the
-                 last step leaves the history there), and it may be several chunks, if the layout says who sees whom.
-                 With gradient nothing is written and the history is a constant.
+        cache    a KVCache, instead of a layout: the frames are a chunk at positions start, start + 1, ... that sees
+                 itself and the history. Without gradient its keys and values are written into the cache, so a clean
+                 pass at t = 0 after the last step leaves the history there; see `KVCache.extend`.
         Returns v (B, C, F, H, W), float32.
         """
         self.check_input(x, t, context, layout, cache)
@@ -641,6 +576,10 @@ class WanModel(nn.Module):
         # later forward with gradient would use them and lose its gradient.
         with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
             return self.compute(x, t, context, layout, cache, start)
+
+    def make_cache(self, batch, frames, tokens, sink=0, rolling=False):
+        """An empty KVCache for this model, see there."""
+        return KVCache(self.config, batch, frames, tokens, sink, rolling, self.dtype, self.patch_embedding.weight.device)
 
     @property
     def dtype(self):
@@ -651,33 +590,24 @@ class WanModel(nn.Module):
         """`forward` on checked input."""
         B, C, F_, H, W = x.shape
         p, q = H // self.config.patch_size[1], W // self.config.patch_size[2]
-        dtype, write = self.dtype, cache is not None and not torch.is_grad_enabled()
-        layout = layout or bidirectional(F_)
-        position, visible = layout.position, layout.visible if cache is None else None
-        if cache is not None:
-            position = tuple(start + frame for frame in position)
+        layout, dtype = layout or bidirectional(F_), self.dtype
+        position = layout.position if cache is None else tuple(range(start, start + F_))
         rope = rope_table(position, p, q, self.config.dim // self.config.num_heads, x.device)
-        if write:
-            slots, visible = cache.claim(start, layout)
 
         e = self.time_embedding(sinusoid(t.view(B, -1), self.config.freq_dim).to(dtype))  # (B, F or 1, C)
         e6 = self.time_projection(e).unflatten(-1, (6, -1)).float()
-        if write and cache.cross is not None:
+        if cache is None or torch.is_grad_enabled():
+            texts = [self.text_embedding(context.to(dtype))] * len(self.blocks)
+        else:  # the prompt's keys and values are the same in every forward of a rollout
+            if cache.cross is None:
+                text = self.text_embedding(context.to(dtype))
+                cache.cross = [block.cross_attn.keys_values(text) for block in self.blocks]
             texts = cache.cross
-        else:
-            text = self.text_embedding(context.to(dtype))
-            texts = [text] * len(self.blocks)
-            if write:
-                texts = cache.cross = [block.cross_attn.keys_values(text) for block in self.blocks]
 
         x = self.patch_embedding(x.to(dtype)).flatten(2).transpose(1, 2).contiguous()  # (B, L, C)
         for i, block in enumerate(self.blocks):
-            extend = None
-            if write:
-                extend = functools.partial(cache.write, i, slots)
-            elif cache is not None:
-                extend = functools.partial(append, *cache.past(i, start, F_))
-            args = (x, e6, texts[i], rope, visible, self.backend, extend)
+            extend = None if cache is None else functools.partial(cache.extend, i, start)
+            args = (x, e6, texts[i], rope, layout.visible, self.backend, extend)
             recompute = self.checkpointing and torch.is_grad_enabled()
             x = checkpoint(block, *args) if recompute else block(*args)
         x = self.head(x, e.float()).float()
@@ -696,15 +626,10 @@ class WanModel(nn.Module):
             raise ValueError(f'context must be (B, tokens, {c.text_dim}): {shapes}')
         if layout is not None and len(layout) != x.shape[2]:
             raise ValueError(f'a layout of {len(layout)} frames is for x of as many frames: {shapes}')
-        if layout is not None and cache is not None and torch.is_grad_enabled():
-            raise ValueError('a forward with cache and gradient takes one chunk, so no layout')
+        if layout is not None and cache is not None:
+            raise ValueError('a forward with a cache takes one chunk, so no layout')
         if cache is not None and (cache.k[0].shape[0] != x.shape[0] or cache.tokens * 4 != x.shape[3] * x.shape[4]):
             raise ValueError(f'a cache for batch {cache.k[0].shape[0]} and {cache.tokens} tokens per frame: {shapes}')
-
-
-def append(past_k, past_v, k, v):
-    """History and new keys and values, as a new tensor through which gradient reaches the new ones."""
-    return torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -727,14 +652,13 @@ def consistency_kernel(x, x0, t, s):
     return (1 - s / 1000) * x0, s / 1000, 1 - s / 1000
 
 
-def rollout(model, noise, context, steps, chunks, *, window=None, sink=0, init=None, cache=None, exit_step=None,
-            grad_from=0, record=False, kernel=consistency_kernel, generator=None):
+def rollout(model, noise, context, steps, chunks, *, window=None, sink=0, init=None, exit_step=None, grad_from=0,
+            record=False, kernel=consistency_kernel, generator=None):
     """Generate a video chunk by chunk with the KV cache, and yield each `Chunk` as soon as it exists.
 
-    Each chunk is denoised by the consistency sampler (CausVid, Self Forcing alg. 1): from x_t predict x0, and
-    re-noise it with fresh noise to the next of `steps`. The last prediction is the endpoint. The endpoint's forward at
-    t = 0, which leaves the chunk's clean keys and values in the cache, shares a pass with the next chunk's first step,
-    unless that carries gradient or the cache rolls; the last chunk needs none.
+    Self Forcing's algorithm 1. Each chunk is denoised by the consistency sampler: from x_t predict x0, and re-noise it
+    with fresh noise to the next of `steps`. The last prediction is the endpoint. A forward of the endpoint at t = 0
+    then leaves the chunk's clean keys and values in the cache, for the chunks after it.
 
     model      the DiT (or its DDP wrapper).
     noise      (B, C, F, H, W): the pure noise that the F new latent frames start from.
@@ -743,7 +667,6 @@ def rollout(model, noise, context, steps, chunks, *, window=None, sink=0, init=N
     chunks     sizes of the chunks, summing to F; [F] with a bidirectional model is its few-step sampling.
     window, sink  latent frames a frame may see, and how many of them are the video's first; None: all.
     init       (B, C, F', H, W) clean latents that are already there; the rollout goes on after them.
-    cache      a KVCache to use again instead of allocating one; it is reset.
     exit_step  index of the step at which every chunk stops; its prediction is the endpoint and carries gradient (if
                gradients are enabled). None: all steps, no gradient.
     grad_from  chunks that start before this latent frame carry no gradient.
@@ -758,40 +681,25 @@ def rollout(model, noise, context, steps, chunks, *, window=None, sink=0, init=N
         raise ValueError(f'chunks {list(chunks)} do not sum to the {F_} latent frames of noise {tuple(noise.shape)}')
     if exit_step is not None and not 0 <= exit_step < len(steps):
         raise ValueError(f'exit_step {exit_step} is not the index of one of {len(steps)} steps')
-    if cache is not None:
-        cache.reset()
-    elif len(chunks) > 1 or begin:
-        cache = KVCache(net.config, B, min(window or begin + F_, begin + F_), H * W // 4, sink, window is not None,
-                        net.dtype, noise.device)
+    cache = None  # a single chunk without history, as a bidirectional student's, needs none
+    if len(chunks) > 1 or begin:
+        cache = net.make_cache(B, min(window or begin + F_, begin + F_), H * W // 4, sink, window is not None)
 
-    def forward(x, t, start, before=None):
-        """v of a chunk; `before`: the endpoint of the chunk before it, which goes into the cache in the same pass."""
-        t = torch.full((B, x.shape[2]), float(t), device=x.device)
-        if before is None:
-            return model(x, t[:, 0], context, cache=cache, start=start)
-        n = before.shape[2]
-        t = torch.cat([torch.zeros(B, n, device=x.device), t], dim=1)
-        layout = block_causal([n, x.shape[2]])
-        return model(torch.cat([before, x], dim=2), t, context, layout, cache, start - n)[:, :, n:]
+    def forward(x, t, start):
+        return model(x, torch.full((B,), float(t), device=x.device), context, cache=cache, start=start)
 
-    if begin:
-        start = 0
-        for n in chunk_sizes(begin, max(chunks)):
-            with torch.no_grad():
-                forward(init[:, :, start:start + n], 0, start)
-            start += n
-    start, before = begin, None  # the chunk before, while it is not in the cache
-    for n in chunks:
+    start = 0
+    for n in chunk_sizes(begin, max(chunks), begin % max(chunks) or None) if begin else ():
+        with torch.no_grad():  # what is given goes into the cache; an independent first frame comes first
+            forward(init[:, :, start:start + n], 0, start)
+        start += n
+    for i, n in enumerate(chunks):
         x, chunk = noise[:, :, start - begin:start - begin + n], Chunk(start, None, [], [])
         for k, t in enumerate(steps):
+            # only the step that the chunk ends at carries gradient, and only to the chunk's own keys and values
             carries = k == exit_step and start >= grad_from and torch.is_grad_enabled()
-            if before is not None and (carries or cache.rolling):
-                with torch.no_grad():
-                    forward(before, 0, start - before.shape[2])
-                before = None
             with torch.set_grad_enabled(carries):
-                x0 = x0_from_v(x, forward(x, t, start, before), t)
-            before = None
+                x0 = x0_from_v(x, forward(x, t, start), t)
             if record:
                 chunk.states.append(x)
                 chunk.predictions.append(x0.detach())
@@ -801,7 +709,12 @@ def rollout(model, noise, context, steps, chunks, *, window=None, sink=0, init=N
             x = mean + std * gaussian(x0.shape, generator, x0.device)
         chunk.x0 = x0
         yield chunk
-        start, before = start + n, x0.detach()
+        if i < len(chunks) - 1:  # nothing comes after the last chunk
+            if carries and cache.rolling:
+                cache = copy.deepcopy(cache)  # its backward pass still reads the ring as it is now
+            with torch.no_grad():
+                forward(x0.detach(), 0, start)
+        start += n
 
 
 @torch.no_grad()
@@ -986,6 +899,11 @@ class UniPC:
 # lines, so a streamed clip equals the whole one however it is cut. In memory the channels come last
 # throughout, as the fast convolution kernels want them.
 
+def suits_onednn(x):
+    """Whether x is float32 on a CPU where torch has oneDNN."""
+    return x.device.type == 'cpu' and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+
+
 class CausalConv3d(nn.Conv3d):
     """3-D convolution that sees the present and the past: (B, C, T, H, W) -> (B, C', T, H, W)."""
 
@@ -1002,8 +920,8 @@ class CausalConv3d(nn.Conv3d):
                 # a copy: a view would keep all of x alive
                 cache[self] = x[:, :, -past:].clone(memory_format=torch.channels_last_3d)
         x = x.contiguous(memory_format=torch.channels_last_3d)  # not before: padding and joining may lose it
-        if x.shape[0] == 1 and suits_onednn(x) and not torch.compiler.is_compiling():
-            # by itself torch takes a kernel that is ten times as slow
+        if not torch.compiler.is_compiling() and x.shape[0] == 1 and suits_onednn(x):
+            # for one small clip torch would take a plain kernel, which is ten times as slow
             return torch.mkldnn_convolution(x, self.weight, self.bias, self.padding, self.stride, self.dilation, 1)
         if x.is_cuda and past and self.in_channels % 64:
             return self.by_time_steps(x)
@@ -1188,7 +1106,7 @@ LATENT_STD = [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
               3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160]
 
 
-@remembered(16)
+@functools.lru_cache(maxsize=16)
 def per_channel(values, device):
     """One number per channel -> (1, C, 1, 1, 1) float32, whatever the dtype of the weights."""
     return torch.tensor(values, device=device).view(1, -1, 1, 1, 1)

@@ -41,7 +41,7 @@ import miniature  # noqa: E402
 import ode_init  # noqa: E402
 import reward_forcing  # noqa: E402
 from wan_causal import (  # noqa: E402
-    CONFIGS, ImageReward, KVCache, Linear, Process, WanConfig, WanModel, WanVAE, block_causal, chunk_sizes,
+    CONFIGS, ImageReward, Process, WanConfig, WanModel, WanVAE, block_causal, chunk_sizes,
     compile_for_inference, compute_dtype, dit_diffusers_key, latent_frames, ode_trajectory, rollout, to_frames,
     vae_diffusers_key, warped_steps)
 
@@ -86,7 +86,7 @@ class Bench:
     def flops(self):
         """Floating-point operations per second of a large matrix product."""
         n = 8192 if self.cuda else 1024
-        layer = Linear(n, n, device=self.device, dtype=self.dtype)  # the kernel that the DiT has
+        layer = torch.nn.Linear(n, n, device=self.device, dtype=self.dtype)
         x = torch.randn(n, n, device=self.device, dtype=self.dtype)
         return 2 * n ** 3 / self.seconds(lambda: layer(x))[0]
 
@@ -140,7 +140,7 @@ def decoder_flops(vae, shape):
     return counter.get_total_flops()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(args, bench):
     """Where the time of one streamed video goes, and how far it is from the machine's limit: [(what, figure)]."""
     config = SIZES[args.size]
@@ -151,14 +151,13 @@ def generate(args, bench):
     chunks, tokens = chunk_sizes(shape[2], args.chunk), shape[3] * shape[4] // 4
     noise = torch.randn(shape, device=bench.device)
     context = torch.randn(args.batch, config.text_len, config.text_dim, device=bench.device, dtype=bench.dtype)
-    cache = KVCache(config, args.batch, shape[2], tokens, rolling=False, dtype=bench.dtype, device=bench.device)
     if args.compile:
         compile_for_inference(model, vae)
 
     def video(decode=True, mark=lambda: None):
         """One video; mark() is called after the DiT and after the decoder of each chunk."""
         memory = {}
-        for chunk in rollout(model, noise, context, warped_steps(), chunks, cache=cache):
+        for chunk in rollout(model, noise, context, warped_steps(), chunks):
             mark()
             if decode:
                 for clip in vae.decode(chunk.x0, memory, at_once=3):
@@ -206,7 +205,7 @@ def generate(args, bench):
         ('peak memory', f'{memory:.2f} GiB, without text encoder' if bench.cuda else 'not measured on a CPU')]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def peers(args, bench):
     """The same weights and the same work through diffusers' Wan classes, and the cache against no cache: [(what,
     seconds here and there, and how many times as fast)]."""
@@ -253,7 +252,6 @@ def peers(args, bench):
         found.append(('    matrix products, attention', f'{share:.0f} % of it'))
 
     noise, chunks = torch.randn(1, 16, 21, h // 8, w // 8, device=bench.device), [3] * 7
-    cache = KVCache(config, 1, 21, tokens, rolling=False, dtype=bench.dtype, device=bench.device)
     clean, steps = torch.zeros_like(noise), warped_steps()
 
     def recomputed(whole):  # a rollout without a cache: at every step all frames so far, or all there will be
@@ -262,7 +260,7 @@ def peers(args, bench):
             for _ in steps:
                 model(clean[:, :, :sum(seen)], torch.zeros(1, sum(seen), device=bench.device), context,
                       block_causal(seen))
-    cached, *others = bench.seconds(lambda: list(rollout(model, noise, context, steps, chunks, cache=cache)),
+    cached, *others = bench.seconds(lambda: list(rollout(model, noise, context, steps, chunks)),
                                     lambda: recomputed(False), lambda: recomputed(True))
     found.append(('rollout of 7 chunks', f'{cached:.3f} s with a cache'))
     for other, what in zip(others, ('frames so far', 'the sequence')):
@@ -407,7 +405,7 @@ class Trajectory:
         return torch.zeros(3, *self.shape), 'a prompt'
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def fake_generation(config, bidirectional, size, batch):
     """What generate.py (batch 1) and ode_init.py sample do, on fake tensors."""
     height, width, frames = size

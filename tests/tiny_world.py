@@ -631,7 +631,7 @@ def train_teacher(name, folder, latents, captions, text, steps, start=None, shor
     model = WanModel(CONFIGS["tiny"])
     if start is not None:
         model.load_state_dict(start.state_dict())
-    model.backend, model.autocast = "matmul", torch.bfloat16
+    model.autocast = torch.bfloat16
     if steps > 100:  # else compiling would take longer than training
         for block in model.blocks:
             block.compile(dynamic=False)
