@@ -24,9 +24,9 @@ import torch
 from tqdm import tqdm
 
 from wan_causal import (MAX_POSITION, NEGATIVE_PROMPT, Help, InputError, check_writable, chunk_sizes,
-                        compile_for_inference, compute_dtype, find_folder, format_steps, gaussian, latent_frames,
+                        compute_dtype, first_line, find_folder, format_steps, gaussian, latent_frames,
                         load_checkpoint, load_dit, load_text_encoder, load_vae, machine_flags, model_defaults,
-                        ode_trajectory, parse_stage, peak_memory, processes, read_lines, require, rollout, run_script,
+                        ode_trajectory, parse_stage, peak_memory, processes, read_lines, require, rollout, rope_table, run_script,
                         saved_steps, seeded, sigma_schedule, to_frames, warped_steps)
 
 
@@ -175,6 +175,72 @@ def cover(picture, height, width):
         picture = torch.nn.functional.interpolate(picture, size, mode='bicubic', antialias=True).clamp(-1, 1)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     return picture[0, :, top:top + height, left:left + width]
+
+
+def compile_for_inference(model, vae):
+    """Compile the DiT's blocks around their attention, and the decoder (a minute or two, once); on CUDA its forwards
+    are also recorded, see `Graphed`. Returns the model to use. InputError if torch cannot compile here."""
+    try:
+        torch.compile(torch.neg)(model.head.modulation)
+    except Exception as error:
+        raise InputError(f'torch cannot compile on this machine ({first_line(error)}): install a C++ compiler, or '
+                         'leave --compile away') from error
+    torch._dynamo.config.recompile_limit = 64  # past the limit of 8 shapes nothing would be compiled
+    for block in model.blocks:
+        block.before, block.after = (torch.compile(part, dynamic=False) for part in (block.before, block.after))
+    vae.decoder.compile(dynamic=False, fullgraph=True)  # what it remembers is data: an input and an output
+    return Graphed(model) if model.patch_embedding.weight.is_cuda else model
+
+
+class Graphed:
+    """Stands in for the DiT in `rollout`: each kind of forward is recorded as a CUDA graph when it first comes, and
+    replayed from then on. Else an early chunk, which has few keys, waits for Python to launch its 600 kernels.
+
+    A graph knows addresses, not values. So there is one cache for all videos of a size, the prompt's keys and values
+    are copied into the same places, and a result is valid until the next forward.
+    """
+
+    def __init__(self, model):
+        self.model, self.config, self.dtype = model, model.config, model.dtype
+        self.sizes = self.cache = self.pool = None
+        self.new_prompt, self.graphs = True, {}
+
+    def make_cache(self, *sizes):
+        """See `WanModel.make_cache`; a rollout asks for it once, at its start."""
+        if sizes != self.sizes:
+            self.graphs.clear()  # before the cache that they point to
+            self.cache = None
+            self.sizes, self.cache = sizes, self.model.make_cache(*sizes)
+        self.new_prompt = True
+        return self.cache
+
+    def __call__(self, x, t, context, layout=None, cache=None, start=0):
+        if cache is None or cache.rolling:  # a ring that is full has other positions in every chunk
+            return self.model(x, t, context, layout, cache, start)
+        if self.new_prompt:
+            self.new_prompt, fresh = False, self.model.prompt_keys_values(context)
+            cache.cross = cache.cross or fresh
+            for kept, new in zip(cache.cross, fresh):
+                for a, b in zip(kept, new):
+                    a.copy_(b)
+        if (start, x.shape) not in self.graphs:
+            self.graphs[start, x.shape] = self.record(x.clone(), t.clone(), context, cache, start)
+        graph, inputs, v, _ = self.graphs[start, x.shape]
+        for kept, new in zip(inputs, (x, t)):
+            kept.copy_(new)
+        graph.replay()
+        return v
+
+    def record(self, x, t, context, cache, start):
+        """(graph, its inputs, its output, and a table that it reads and that others may forget)."""
+        self.model(x, t, context, cache=cache, start=start)  # what is compiled or made once comes before the recording
+        self.pool = self.pool or torch.cuda.graph_pool_handle()  # the graphs run one after the other in one memory
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            v = self.model(x, t, context, cache=cache, start=start)
+        *_, F, H, W = x.shape
+        return graph, (x, t), v, rope_table(tuple(range(start, start + F)), H // 2, W // 2,
+                                            self.config.dim // self.config.num_heads, x.device)
 
 
 class Clock:
@@ -339,7 +405,7 @@ def main():
             how = 'all frames at once' if args.bidirectional else f'chunks of {args.chunk} latent frames'
             process.print(f'timesteps {format_steps(args.timesteps)}; {how}')
         if args.compile:
-            compile_for_inference(model, vae)
+            model = compile_for_inference(model, vae)
         if args.jobs:
             process.print(f'{len(jobs)} videos, {sum(not path.exists() for *_, path in jobs)} of them to be made')
             process.barrier()  # counted before any is made

@@ -577,6 +577,11 @@ class WanModel(nn.Module):
         with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
             return self.compute(x, t, context, layout, cache, start)
 
+    def prompt_keys_values(self, context):
+        """The prompt's cross-attention keys and values (B, N, L', D) of each layer."""
+        text = self.text_embedding(context.to(self.dtype))
+        return [block.cross_attn.keys_values(text) for block in self.blocks]
+
     def make_cache(self, batch, frames, tokens, sink=0, rolling=False):
         """An empty KVCache for this model, see there."""
         return KVCache(self.config, batch, frames, tokens, sink, rolling, self.dtype, self.patch_embedding.weight.device)
@@ -599,10 +604,7 @@ class WanModel(nn.Module):
         if cache is None or torch.is_grad_enabled():
             texts = [self.text_embedding(context.to(dtype))] * len(self.blocks)
         else:  # the prompt's keys and values are the same in every forward of a rollout
-            if cache.cross is None:
-                text = self.text_embedding(context.to(dtype))
-                cache.cross = [block.cross_attn.keys_values(text) for block in self.blocks]
-            texts = cache.cross
+            texts = cache.cross = cache.cross or self.prompt_keys_values(context)
 
         x = self.patch_embedding(x.to(dtype)).flatten(2).transpose(1, 2).contiguous()  # (B, L, C)
         for i, block in enumerate(self.blocks):
@@ -1180,20 +1182,6 @@ class WanVAE(nn.Module):
 def to_frames(video):
     """Video (3, T, H, W) in [-1, 1] -> frames (T, H, W, 3), a numpy array of bytes."""
     return ((video + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
-
-
-def compile_for_inference(model, vae):
-    """Compile the DiT's blocks around their attention, and the decoder (a minute or two, once). InputError if torch
-    cannot compile here."""
-    try:
-        torch.compile(torch.neg)(model.head.modulation)
-    except Exception as error:
-        raise InputError(f'torch cannot compile on this machine ({first_line(error)}): install a C++ compiler, or '
-                         'leave --compile away') from error
-    torch._dynamo.config.recompile_limit = 64  # past the limit of 8 shapes nothing would be compiled
-    for block in model.blocks:
-        block.before, block.after = (torch.compile(part, dynamic=False) for part in (block.before, block.after))
-    vae.decoder.compile(dynamic=False, fullgraph=True)  # what it remembers is data: an input and an output
 
 
 # ----------------------------------------------------------------------------------------------------------

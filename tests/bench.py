@@ -37,12 +37,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 import cm_grpo  # noqa: E402
 import distill_dmd  # noqa: E402
+import generate as generation  # noqa: E402
 import miniature  # noqa: E402
 import ode_init  # noqa: E402
 import reward_forcing  # noqa: E402
 from wan_causal import (  # noqa: E402
     CONFIGS, ImageReward, Process, WanConfig, WanModel, WanVAE, block_causal, chunk_sizes,
-    compile_for_inference, compute_dtype, dit_diffusers_key, latent_frames, ode_trajectory, rollout, to_frames,
+    compute_dtype, dit_diffusers_key, latent_frames, ode_trajectory, rollout, to_frames,
     vae_diffusers_key, warped_steps)
 
 SIZES = {**CONFIGS, 'middle': WanConfig(dim=512, ffn_dim=2048, num_heads=8, num_layers=8, text_dim=64, text_len=32)}
@@ -132,11 +133,11 @@ def dit_flops(config, queries, keys, texts, batch=1):
     return batch * config.num_layers * (linear + 4 * queries * (keys + texts) * config.dim)
 
 
-def decoder_flops(vae, shape):
+def decoder_flops(size, shape):
     """Operations of decoding latents of `shape`, counted layer by layer without computing anything."""
     from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as counter:
-        vae.to('meta').decode(torch.empty(shape, device='meta'))
+    with torch.device('meta'), FlopCounterMode(display=False) as counter:
+        WanVAE(**VAE_SIZES.get(size, {})).decode(torch.empty(shape))
     return counter.get_total_flops()
 
 
@@ -152,7 +153,7 @@ def generate(args, bench):
     noise = torch.randn(shape, device=bench.device)
     context = torch.randn(args.batch, config.text_len, config.text_dim, device=bench.device, dtype=bench.dtype)
     if args.compile:
-        compile_for_inference(model, vae)
+        model = generation.compile_for_inference(model, vae)
 
     def video(decode=True, mark=lambda: None):
         """One video; mark() is called after the DiT and after the decoder of each chunk."""
@@ -185,7 +186,7 @@ def generate(args, bench):
         seen += n
         operations += passes * dit_flops(config, n * tokens, seen * tokens, config.text_len, args.batch)
         traffic += passes * (weights + seen * kept)
-    speed, decoding, copied = bench.flops(), decoder_flops(vae, shape), bench.bandwidth()
+    speed, decoding, copied = bench.flops(), decoder_flops(args.size, shape), bench.bandwidth()
     return [
         ('video', f'{args.size} at {w}x{h}, {frames} frames, batch {args.batch}, chunks of {args.chunk} latent frames'
                   + (', compiled' if args.compile else '')),
@@ -224,7 +225,7 @@ def peers(args, bench):
     their_vae.load_state_dict({vae_diffusers_key(k, sizes['num_res_blocks']): v for k, v in vae.state_dict().items()})
     their_vae = their_vae.to(bench.device, bench.dtype).eval()
     if args.compile:
-        compile_for_inference(model, vae)
+        model = generation.compile_for_inference(model, vae)
     context = torch.randn(1, config.text_len, config.text_dim, device=bench.device, dtype=bench.dtype)
     t = torch.tensor([500.0], device=bench.device)
     rows = []

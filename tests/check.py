@@ -34,6 +34,7 @@ import distill_dmd
 import ode_init
 from bench import ROOT
 from cm_grpo import surrogate
+from generate import compile_for_inference
 from wan_causal import (
     CONFIGS, ImageReward, WanConfig, WanModel, WanVAE, attend, block_causal, chunk_weights, consistency_kernel,
     frame_reward, interleave, interleaved, interleaved_x0, load_dit, load_exactly, load_image_reward,
@@ -235,20 +236,19 @@ def window_here(device):
 
 @torch.no_grad()
 def compiled_here(device, dtype):
-    """A rollout and its decoded video with compiled parts."""
-    torch.manual_seed(0)
+    """Two rollouts with different prompts, and their decoded videos, with compiled and recorded parts."""
     dit, vae = (copy.deepcopy(m).to(device, dtype) for m in tiny_models()[:2])
-    noise, _, _, context = (x.to(device) for x in tiny_input(9, 1))
+    noise, _, _, context = (x.to(device) for x in tiny_input(9, 2))
 
-    def video():
-        chunks = rollout(dit, noise, context.to(dtype), warped_steps(), CHUNKS,
-                         generator=torch.Generator().manual_seed(3))
-        memory = {}
-        return torch.cat([vae.decode(chunk.x0, memory, at_once=3) for chunk in chunks], dim=2)
-    plain = video()
-    bench.compile_for_inference(dit, vae)
+    def videos(model):
+        for i in range(2):
+            chunks = rollout(model, noise[:1], context[i:i + 1].to(dtype), warped_steps(), CHUNKS,
+                             generator=torch.Generator().manual_seed(3))
+            memory = {}
+            yield torch.cat([vae.decode(chunk.x0, memory, at_once=3) for chunk in chunks], dim=2)
+    plain = torch.cat(list(videos(dit)))
     try:
-        compiled = video()
+        compiled = torch.cat(list(videos(compile_for_inference(dit, vae))))
     finally:
         torch._dynamo.reset()
     return relative(compiled, plain), 1e-4 if dtype == torch.float32 else 5e-2

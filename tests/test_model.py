@@ -7,6 +7,7 @@ import torch
 from conftest import SMALL, random_dit, random_latents
 
 import wan_causal as wc
+from generate import compile_for_inference
 
 CONTEXT = random_latents(2, 8, 16, seed=9)
 
@@ -506,7 +507,7 @@ def test_compiled_rollout_and_decoder_equal_plain_ones():
     torch._dynamo.utils.counters.clear()
     with torch.no_grad(), settings:
         plain = video()
-        wc.compile_for_inference(model, vae)
+        compile_for_inference(model, vae)
         close(video(), plain, atol=1e-4)
     assert not torch._dynamo.utils.counters["graph_break"]
     torch._dynamo.reset()
