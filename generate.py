@@ -178,8 +178,8 @@ def cover(picture, height, width):
 
 
 def compile_for_inference(model, vae):
-    """Compile the DiT's blocks around their attention, and the decoder (a minute or two, once); on CUDA its forwards
-    are also recorded, see `Graphed`. Returns the model to use. InputError if torch cannot compile here."""
+    """Compile the DiT's blocks around their attention, and on CUDA the decoder (a minute or two, once); there the DiT's
+    forwards are also recorded, see `Graphed`. Returns the model to use. InputError if torch cannot compile here."""
     try:
         torch.compile(torch.neg)(model.head.modulation)
     except Exception as error:
@@ -188,8 +188,10 @@ def compile_for_inference(model, vae):
     torch._dynamo.config.recompile_limit = 64  # past the limit of 8 shapes nothing would be compiled
     for block in model.blocks:
         block.before, block.after = (torch.compile(part, dynamic=False) for part in (block.before, block.after))
+    if not model.patch_embedding.weight.is_cuda:
+        return model  # the decoder is faster as it is on a CPU
     vae.decoder.compile(dynamic=False, fullgraph=True)  # what it remembers is data: an input and an output
-    return Graphed(model) if model.patch_embedding.weight.is_cuda else model
+    return Graphed(model)
 
 
 class Graphed:
