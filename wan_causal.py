@@ -221,7 +221,7 @@ def chunk_weights(chunks, shift):
 
 
 def runs(indices):
-    """Sorted integers -> their contiguous runs as (start, stop): [0, 1, 2, 5] -> [(0, 3), (5, 6)]."""
+    """Integers -> their runs of neighbours as (start, stop), in order: [5, 6, 0, 1, 2] -> [(5, 7), (0, 3)]."""
     out = []
     for i in indices:
         if out and out[-1][1] == i:
@@ -348,10 +348,12 @@ class KVCache:
             old = runs([slot for slot in range(min(start, self.frames)) if slot not in slots])
             return tuple(torch.cat([take_frames(past[layer], old, self.tokens), new], dim=2)
                          for past, new in ((self.k, k), (self.v, v)))
+        done = 0
+        for a, b in runs(slots):  # one, but two where the ring's end lies within the chunk
+            part, here = (slice(n * self.tokens, m * self.tokens) for n, m in ((done, done + b - a), (a, b)))
+            self.k[layer][:, :, here], self.v[layer][:, :, here] = k[:, :, part], v[:, :, part]
+            done += b - a
         seen = min(start + count, self.frames) * self.tokens
-        for past, new in ((self.k, k), (self.v, v)):
-            for slot, frame in zip(slots, new.split(self.tokens, dim=2)):
-                past[layer][:, :, slot * self.tokens:(slot + 1) * self.tokens] = frame
         return self.k[layer][:, :, :seen], self.v[layer][:, :, :seen]
 
 

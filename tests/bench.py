@@ -143,7 +143,8 @@ def decoder_flops(size, shape):
 
 @torch.no_grad()
 def generate(args, bench):
-    """Where the time of one streamed video goes, and how far it is from the machine's limit: [(what, figure)]."""
+    """Where the time of one streamed video goes, and how far it is from the machine's limit: yields (what,
+    figure)."""
     config = SIZES[args.size]
     text = bench.text(config)  # before the other models, and gone before they are made
     model, vae = make_models(args.size, bench)
@@ -187,7 +188,7 @@ def generate(args, bench):
         operations += passes * dit_flops(config, n * tokens, seen * tokens, config.text_len, args.batch)
         traffic += passes * (weights + seen * kept)
     speed, decoding, copied = bench.flops(), decoder_flops(args.size, shape), bench.bandwidth()
-    return [
+    yield from [
         ('video', f'{args.size} at {w}x{h}, {frames} frames, batch {args.batch}, chunks of {args.chunk} latent frames'
                   + (', compiled' if args.compile else '')),
         ('attention', bench.attention(config, args.chunk * tokens, shape[2] * tokens)),
@@ -208,8 +209,8 @@ def generate(args, bench):
 
 @torch.no_grad()
 def peers(args, bench):
-    """The same weights and the same work through diffusers' Wan classes, and the cache against no cache: [(what,
-    seconds here and there, and how many times as fast)]."""
+    """The same weights and the same work through diffusers' Wan classes, and the cache against no cache: yields (what,
+    seconds here and there, and how many times as fast)."""
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
     config = SIZES[args.size]
     model, vae = make_models(args.size, bench)
@@ -228,20 +229,19 @@ def peers(args, bench):
         model = generation.compile_for_inference(model, vae)
     context = torch.randn(1, config.text_len, config.text_dim, device=bench.device, dtype=bench.dtype)
     t = torch.tensor([500.0], device=bench.device)
-    rows = []
-    for name, frames in (('forward, 3 latent frames', 3), ('forward, 21 latent frames', 21)):
+    yield 'video', f'{args.size} at {w}x{h}{", compiled" * args.compile}: seconds here, in diffusers, times as fast'
+
+    def row(name, ours, theirs):
+        """Both compute the same; the largest difference says so."""
+        same = (ours().float() - theirs().float()).abs().max().item()
+        here, there = bench.seconds(ours, theirs)
+        return name, f'{here:.3f} s  {there:.3f} s  {there / here:.2f}x   largest difference {same:.1e}'
+    for frames in (3, 21):
         x = torch.randn(1, 16, frames, h // 8, w // 8, device=bench.device, dtype=bench.dtype)
-        same = (model(x, t, context).float() - theirs(x, t, context).sample.float()).abs().max().item()
-        rows.append((name, *bench.seconds(lambda: model(x, t, context), lambda: theirs(x, t, context)), same))
+        yield row(f'forward, {frames} latent frames', lambda: model(x, t, context), lambda: theirs(x, t, context).sample)
     z = torch.randn(1, 16, 6, h // 8, w // 8, device=bench.device, dtype=bench.dtype)
     scaled = (z.float() * vae.std + vae.mean).to(bench.dtype)
-    same = (vae.decode(z, at_once=3) - their_vae.decode(scaled).sample.float()).abs().max().item()
-    rows.append(('decode, 6 latent frames', *bench.seconds(lambda: vae.decode(z, at_once=3),
-                                                           lambda: their_vae.decode(scaled)), same))
-    found = [('video', f'{args.size} at {w}x{h}{", compiled" * args.compile}: seconds here, in diffusers, and how many '
-                       'times as fast')]
-    found += [(name, f'{ours:.3f} s  {other:.3f} s  {other / ours:.2f}x   largest difference {same:.1e}')
-              for name, ours, other, same in rows]
+    yield row('decode, 6 latent frames', lambda: vae.decode(z, at_once=3), lambda: their_vae.decode(scaled).sample)
     if not args.compile:
         with torch.profiler.profile() as profile:
             model(x, t, context)
@@ -250,7 +250,7 @@ def peers(args, bench):
         names = re.compile('addmm|mm$|linear_pointwise|scaled_dot_product')
         kernels = sum(time for key, time in spent.items() if names.search(key))
         share = 100 * kernels / sum(spent.values())
-        found.append(('    matrix products, attention', f'{share:.0f} % of it'))
+        yield '    matrix products, attention', f'{share:.0f} % of it'
 
     noise, chunks = torch.randn(1, 16, 21, h // 8, w // 8, device=bench.device), [3] * 7
     clean, steps = torch.zeros_like(noise), warped_steps()
@@ -263,10 +263,9 @@ def peers(args, bench):
                       block_causal(seen))
     cached, *others = bench.seconds(lambda: list(rollout(model, noise, context, steps, chunks)),
                                     lambda: recomputed(False), lambda: recomputed(True))
-    found.append(('rollout of 7 chunks', f'{cached:.3f} s with a cache'))
+    yield 'rollout of 7 chunks', f'{cached:.3f} s with a cache'
     for other, what in zip(others, ('frames so far', 'the sequence')):
-        found.append((f'    recomputing {what}', f'{other:.3f} s  {other / cached:.2f}x'))
-    return found
+        yield f'    recomputing {what}', f'{other:.3f} s  {other / cached:.2f}x'
 
 
 STAGES = ('student', 'ode', 'reward', 'reward_all', 'causvid', 'teacher_forcing', 'self_forcing', 'raven',
@@ -486,7 +485,7 @@ def main():
         sys.exit(check.check(args))
     else:
         for name, value in {'generate': generate, 'peers': peers}[args.verb](args, Bench(args)):
-            print(f'{name:<28}{value}')
+            print(f'{name:<28}{value}', flush=True)
 
 
 if __name__ == '__main__':

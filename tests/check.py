@@ -11,10 +11,10 @@ Markdown, for the README, to the file beside it (gpu.md).
 A check is a function that returns either (error, bound), which passes when the error is no larger, or a sentence.
 """
 import concurrent.futures
-import contextlib
 import copy
 import functools
 import gc
+import importlib.util
 import json
 import os
 import re
@@ -37,11 +37,16 @@ from cm_grpo import surrogate
 from generate import compile_for_inference
 from wan_causal import (
     CONFIGS, ImageReward, WanConfig, WanModel, WanVAE, attend, block_causal, chunk_weights, consistency_kernel,
-    frame_reward, interleave, interleaved, interleaved_x0, load_dit, load_exactly, load_image_reward,
+    first_line, frame_reward, interleave, interleaved, interleaved_x0, load_dit, load_exactly, load_image_reward,
     load_text_encoder, load_vae, noisy_part, reward_gradient, rollout, v_from_x0, warped_steps, x0_from_v)
 
 GOLDEN, TINY = ROOT / 'tests/golden', ROOT / 'tests/tiny'
 CHUNKS = [3, 3, 3]
+
+
+def described(error):
+    """An exception in one line."""
+    return f'{type(error).__name__}: {first_line(error)[:300]}'
 
 
 class Report:
@@ -62,14 +67,25 @@ class Report:
                 error, bound = result
                 passed, figure = error <= bound, f'{error:.1e} (bound {bound:.0e})'  # NaN does not pass
         except Exception as error:
-            lines = str(error).strip().splitlines() or ['no reason']
-            passed, figure = False, f'{type(error).__name__}: {lines[0][:300]}'
+            passed, figure = False, described(error)
         gc.collect()
         if self.device.type == 'cuda':
             torch.cuda.empty_cache()
-        seconds = time.perf_counter() - began
-        self.rows.append(dict(part=part, name=name, passed=passed, figure=figure, seconds=round(seconds, 1)))
-        print(f'{"pass" if passed else "FAIL"}  {name:<62} {figure}  [{seconds:.1f} s]', flush=True)
+        self.add(part, name, passed, f'{figure}  [{time.perf_counter() - began:.1f} s]')
+
+    def table(self, part, name, rows):
+        """Rows that a benchmark measures as it goes: (what, figure)."""
+        if not self.only.search(name):
+            return
+        try:
+            for what, figure in rows():
+                self.add(part, f'{name}: {what.strip()}', True, figure)
+        except Exception as error:
+            self.add(part, name, False, described(error))
+
+    def add(self, part, name, passed, figure):
+        self.rows.append(dict(part=part, name=name, passed=passed, figure=figure))
+        print(f'{"pass" if passed else "FAIL"}  {name:<62} {figure}', flush=True)
 
     def write(self, path, machine):
         """gpu.json, and the same as Markdown beside it."""
@@ -347,9 +363,9 @@ def run_script(*command, kill_after=None):
 def tiny_stage(folder, device, line, name):
     """Two steps of a stage by its own command line, on tests/tiny, with the precision of this device."""
     out, began = folder / name, time.perf_counter()
-    flags = ['--batch', 2, '--steps', 2, '--sample-every', 0, '--device', device.type, '--out', out]
+    flags = ['--batch', 2, '--steps', 2, '--frames', 21, '--sample-every', 0, '--device', device.type, '--out', out]
     if name == 'reward_cm':
-        flags += ['--group', 2, '--prompts-per-step', 1]
+        flags += ['--group', 2, '--prompts-per-step', 1, '--frames', 5]
     run_script(*line.format(data=folder / 'data').split(), *flags)
     rows = [json.loads(row) for row in (out / 'metrics.jsonl').read_text().splitlines()]
     if len(rows) != 2 or not (out / 'model.safetensors').exists():
@@ -359,7 +375,7 @@ def tiny_stage(folder, device, line, name):
 
 def kill_and_resume(folder, device):
     """Reward forcing, killed after two of four steps and resumed: its weights against those of a whole run."""
-    flags = ['reward_forcing.py', '--batch', 1, '--steps', 4, '--save-every', 1, '--sample-every', 0, '--resume',
+    flags = ['reward_forcing.py', '--batch', 1, '--frames', 21, '--steps', 4, '--save-every', 1, '--sample-every', 0, '--resume',
              '--device', device.type]
     run_script(*flags, '--out', folder / 'whole')
     run_script(*flags, '--out', folder / 'killed', kill_after='step      2')
@@ -393,15 +409,19 @@ def stages(report, folder):
     """Every stage on tests/tiny; they start together, as each waits for Python more than for the device."""
     device = report.device
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count() // 2) as pool:
-        killed = pool.submit(kill_and_resume, folder, device)
-        report.check('stages', 'tiny: trajectories', lambda: run_script(
-            'ode_init.py', 'sample', '--count', 2, '--steps', 4, '--device', device.type, '--out', folder / 'data'
-        ) and '2 trajectories')
-        runs = [(line, pool.submit(tiny_stage, folder, device, line, name))
-                for name, (line, *_) in bench.miniature.STAGES.items() if name in bench.STAGES]
-        for line, run in runs:
-            report.check('stages', f'tiny: {re.sub(" --(data|keep).*", "", line)}, 2 steps', run.result)
-        report.check('stages', 'tiny: killed and resumed = whole run', killed.result)
+        runs = {}
+
+        def start(name, *job):
+            if report.only.search(name):
+                runs[name] = pool.submit(*job)
+        start('tiny: killed and resumed = whole run', kill_and_resume, folder, device)
+        run_script('ode_init.py', 'sample', '--count', 2, '--frames', 21, '--steps', 4, '--device', device.type,
+                   '--out', folder / 'data')  # which other stages read
+        for name in bench.STAGES:
+            line = bench.miniature.STAGES[name][0]
+            start(f'tiny: {re.sub(" --(data|keep).*", "", line)}, 2 steps', tiny_stage, folder, device, line, name)
+        for name, run in runs.items():
+            report.check('stages', name, run.result)
 
 
 def full_stages(report):
@@ -428,24 +448,13 @@ def attention_by_keys(timer, config, tokens, chunk, frames):
 def speed(report, timer, arguments):
     size = arguments.size
     height, width, frames = bench.picture(arguments)
-
-    def table(name, function, *args):
-        """A row for each that `function` measures."""
-        try:
-            rows = list(function(*args))
-        except Exception as error:
-            return report.check('speed', name, lambda error=error: (_ for _ in ()).throw(error))
-        for what, figure in rows:
-            report.check('speed', f'{name}: {what}', lambda: figure)
     report.check('speed', 'attention of a chunk over the keys of a rollout', lambda: attention_by_keys(
         timer, bench.SIZES[size], height * width // 256, 3, 1 + (frames - 1) // 4))
     for compiled in (False, True):
-        arguments.compile = compiled
-        table(f'generate {size}{", compiled" * compiled}', bench.generate, arguments, timer)
-        if not compiled or timer.cuda:
-            with contextlib.suppress(ImportError):  # diffusers is a requirement of the tests only
-                import diffusers  # noqa: F401
-                table(f'peers {size}{", compiled" * compiled}', bench.peers, arguments, timer)
+        arguments.compile, words = compiled, f'{size}{", compiled" * compiled}'
+        report.table('speed', f'generate {words}', lambda: bench.generate(arguments, timer))
+        if importlib.util.find_spec('diffusers') and (timer.cuda or not compiled):  # a requirement of the tests alone
+            report.table('speed', f'peers {words}', lambda: bench.peers(arguments, timer))
         torch._dynamo.reset()
 
 
@@ -455,20 +464,20 @@ def check(arguments):
     timer = bench.Bench(arguments)
     full = timer.cuda and torch.cuda.get_device_properties(timer.device).total_memory > 40e9
     arguments.size = '1.3B' if full else 'tiny'
-    report = Report(timer.device, arguments.only)
-    torch.backends.cudnn.allow_tf32 = False  # float32 means float32 in the comparisons
-    if 'correctness' in arguments.parts:
-        correctness(report, full)
-    torch.backends.cudnn.allow_tf32 = True
-    if 'stages' in arguments.parts:
-        with tempfile.TemporaryDirectory() as folder:
-            stages(report, Path(folder))
-    if 'full' in arguments.parts and full:
-        full_stages(report)
-    if 'speed' in arguments.parts:
-        speed(report, timer, arguments)
-    report.write(Path(arguments.out), timer.name)
+    report, out = Report(timer.device, arguments.only), Path(arguments.out)
+    with tempfile.TemporaryDirectory() as folder:
+        for part in arguments.parts:
+            torch.backends.cudnn.allow_tf32 = part != 'correctness'  # there float32 means float32
+            if part == 'correctness':
+                correctness(report, full)
+            elif part == 'stages':
+                stages(report, Path(folder))
+            elif part == 'full' and full:
+                full_stages(report)
+            elif part == 'speed':
+                speed(report, timer, arguments)
+            report.write(out, timer.name)  # after every part: what was seen stays
     failed = [row['name'] for row in report.rows if not row['passed']]
     print(f'{len(report.rows) - len(failed)} of {len(report.rows)} passed in {time.perf_counter() - began:.0f} s; '
-          f'{arguments.out} and {Path(arguments.out).with_suffix(".md")} hold the table')
+          f'{out} and {out.with_suffix(".md")} hold the table')
     return 1 if failed else 0
