@@ -247,7 +247,7 @@ def peers(args, bench):
             model(x, t, context)
         spent = {event.key: event.self_device_time_total if bench.cuda else event.self_cpu_time_total
                  for event in profile.key_averages() if event.key.startswith(('aten::', 'mkldnn::'))}
-        names = re.compile('addmm|mm$|linear_pointwise|scaled_dot_product')
+        names = re.compile('addmm|mm$|attention')
         kernels = sum(time for key, time in spent.items() if names.search(key))
         share = 100 * kernels / sum(spent.values())
         yield '    matrix products, attention', f'{share:.0f} % of it'
@@ -446,6 +446,8 @@ def memory(args):
     print(f'{args.size} at {width}x{height}, {frames} frames, batch {args.batch}: peak GiB, without text encoder and '
           'work space')
     for name, run in stages.items():
+        if not re.search(args.only, name):
+            continue
         ledger = Ledger()
         with mode, Unread(), ledger, contextlib.redirect_stdout(io.StringIO()):
             run()
@@ -471,7 +473,7 @@ def main():
     p.add_argument('--dtype', choices=['float32', 'bfloat16'], help='default: bfloat16 on cuda, else float32')
     parts = ['correctness', 'stages', 'full', 'speed']
     p.add_argument('--parts', nargs='+', choices=parts, default=parts, help='check: which of its parts')
-    p.add_argument('--only', default='', help='check: those whose name has a match of this regular expression')
+    p.add_argument('--only', default='', help='check, memory: those whose name has a match of this')
     p.add_argument('--out', default='gpu.json', help='check: the file of its rows; Markdown goes beside it')
     p.epilog = 'train: what follows -- are flags of all stages.'
     cut = sys.argv.index('--') if '--' in sys.argv else len(sys.argv)
@@ -485,7 +487,7 @@ def main():
         sys.exit(check.check(args))
     else:
         for name, value in {'generate': generate, 'peers': peers}[args.verb](args, Bench(args)):
-            print(f'{name:<28}{value}', flush=True)
+            print(f'{name:<31}{value}', flush=True)
 
 
 if __name__ == '__main__':

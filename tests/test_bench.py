@@ -1,5 +1,6 @@
 """bench.py: its counts in closed form and against torch's, and simulated memory with real tensors as with fake ones."""
 import dataclasses
+import json
 import re
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import bench  # noqa: E402
+import check  # noqa: E402
 import wan_causal  # noqa: E402
 from wan_causal import CONFIGS, WanModel, WanVAE, reward_gradient  # noqa: E402
 
@@ -109,8 +111,40 @@ def test_the_counted_operations_are_those_of_a_forward():
 def test_generate_prints_what_it_measured():
     done = run("tests/bench.py", "generate", "--size", "tiny", "--frames", 21, "--warmup", 0, "--repeats", 1)
     assert done.returncode == 0, done.stderr
-    rows = {line[:28].strip(): line[28:] for line in done.stdout.splitlines()}
+    rows = {line[:31].strip(): line[31:] for line in done.stdout.splitlines()}
     assert rows["attention"] and len(re.findall(r"\d+\.\d+", rows["DiT per chunk"])) == 2
     for name in ("text", "decoder per chunk", "first chunk", "end to end, without text", "DiT alone",
                  "limit of the DiT", "limit of the decoder", "least traffic of the DiT", "peak memory"):
         assert re.search(r"\d", rows[name]) or "not measured on a CPU" in rows[name]
+
+
+def test_check_runs_everything_on_a_cpu(tmp_path):
+    """The command for a card, here at the tiny size; it says what it saw in words, JSON and Markdown."""
+    flags = ("--device", "cpu", "--warmup", 0, "--repeats", 1, "--frames", 9, "--out", tmp_path / "seen.json",
+             "--only", "^(?!tiny)|raven|killed")  # the other stages run in tests of their own
+    done = run("tests/bench.py", "check", *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    seen = json.loads((tmp_path / "seen.json").read_text())["rows"]
+    assert {row["part"] for row in seen} == {"correctness", "stages", "speed"} and all(row["passed"] for row in seen)
+    assert sum(row["name"].startswith("gradient, ") for row in seen) == 6
+    assert sum(row["name"].startswith("tiny: ") for row in seen) == 2
+    assert f"| {seen[0]['name']} | pass | {seen[0]['figure']} |" in (tmp_path / "seen.md").read_text()
+
+
+def test_check_goes_on_after_a_failure_and_says_so(tmp_path, capsys):
+    report = check.Report(torch.device("cpu"), "a|b|c")
+    report.check("x", "a", lambda: (2e-3, 1e-3))
+    report.check("x", "b", lambda: (float("nan"), 1))
+    report.check("x", "c", lambda: 1 / 0)
+    report.check("x", "ac", lambda: "well")
+    report.check("x", "d", lambda: "is not asked for")
+    report.write(tmp_path / "x.json", "machine")
+    assert [row["passed"] for row in report.rows] == [False, False, False, True]
+    assert "ZeroDivisionError: division by zero" in report.rows[2]["figure"]
+    assert capsys.readouterr().out.count("FAIL") == 3
+
+
+def test_memory_runs_stages_on_tensors_without_values():
+    done = run("tests/bench.py", "memory", "--size", "tiny", "--frames", 9, "--only", "generate.py|ode_init|raven")
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"\d  on a card of", done.stdout)) == 4
