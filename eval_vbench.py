@@ -39,9 +39,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from wan_causal import (CLIP_MEAN, CLIP_STD, TINY as TINY_MODEL, Help, InputError, Parser, aesthetic_head, find_file,
-                        load_clip, model_defaults, number, pretrained, processes, read_json, read_lines, replace_file,
-                        run_script, whole)
+from wan_causal import (CLIP_MEAN, CLIP_STD, Help, InputError, Parser, aesthetic_head, find_file, load_clip,
+                        model_defaults, number, pretrained, processes, read_json, read_lines, replace_file, run_script,
+                        tiny_model, whole)
 
 # ----------------------------------------------------------------------------------------------------------
 # Constants: VBench's scripts/constant.py, and the papers' tables
@@ -301,7 +301,7 @@ def sample_flags(p):
     g.add_argument('--samples', type=whole(1, 200), default=5, help='videos per prompt, and 5 times as many for flickering')
     g.add_argument('--seed', type=whole(0, 1 << 40), default=0, help='sample i of entry n has the seed 10^6 seed + 1000 n + i')
     g.add_argument('--out', default='runs/vbench', help='the folder of videos and results')
-    g.add_argument('--model', default=TINY_MODEL, help='the Wan model: a folder or hub repository')
+    g.add_argument('--model', default=tiny_model(), help='the Wan model: a folder or hub repository')
     p.epilog = 'What follows -- are flags of generate.py: -- --checkpoint FILE --window 21'
 
 
@@ -318,7 +318,7 @@ def score_flags(p):
     p.add_argument('--clip', default='openai/clip-vit-base-patch32', help='CLIP ViT-B/32')
     p.add_argument('--clip-large', default='openai/clip-vit-large-patch14', help='CLIP ViT-L/14')
     p.add_argument('--aesthetic-head', metavar='FILE', help='LAION\'s sa_0_4_vit_l_14_linear.pth')
-    p.add_argument('--model', default=TINY_MODEL, help='tiny captions: the model whose world measures them')
+    p.add_argument('--model', default=tiny_model(), help='tiny captions: the model whose world measures them')
     p.add_argument('--vbench-python', metavar='FILE', help='Python of an environment with VBench, for the other ones')
     p.add_argument('--vbench-gpus', type=whole(1), default=1, help='GPUs that VBench uses')
     p.add_argument('--device', help='cpu or cuda (default: cuda if there is one)')

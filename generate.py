@@ -26,12 +26,12 @@ import imageio
 import torch
 from tqdm import tqdm
 
-from wan_causal import (MAX_POSITION, NEGATIVE_PROMPT, PIXELS, TINY, Help, InputError, Parser, check_video,
-                        check_writable, chunk_sizes, compile_for_inference, compute_dtype, find_folder, format_steps,
-                        frames_in, gaussian, latent_frames, load_checkpoint, load_dit, load_text_encoder, load_vae,
-                        machine_flags, model_defaults, number, ode_trajectory, parse_stage, peak_memory, processes,
-                        read_lines, refuse_unused, replacing, require, rollout, run_script, saved_steps, seeded,
-                        set_threads, sigma_schedule, to_frames, warped_steps, whole, writing)
+from wan_causal import (MAX_POSITION, NEGATIVE_PROMPT, PIXELS, Help, InputError, Parser, check_video, check_writable,
+                        chunk_sizes, compile_for_inference, compute_dtype, find_folder, format_steps, frames_in,
+                        gaussian, latent_frames, load_checkpoint, load_dit, load_text_encoder, load_vae, machine_flags,
+                        model_defaults, number, ode_trajectory, parse_stage, peak_memory, processes, read_lines,
+                        refuse_unused, replacing, require, rollout, run_script, saved_steps, seeded, set_threads,
+                        sigma_schedule, tiny_model, to_frames, warped_steps, whole, writing)
 
 
 def parse_args(argv=None):
@@ -49,7 +49,7 @@ def parse_args(argv=None):
     g.add_argument('--seed', type=whole(1 - (1 << 63)), default=0, help='of the noise; prompt i uses seed + i')
     g.add_argument('--out', default='samples', help='an .mp4 file for one prompt, or a folder')
     g = p.add_argument_group('model')
-    g.add_argument('--model', default=TINY, help='a folder or hub repository, Wan\'s or diffusers\' layout')
+    g.add_argument('--model', default=tiny_model(), help='a folder or hub repository, Wan\'s or diffusers\' layout')
     g.add_argument('--checkpoint', dest='weights', metavar='FILE', help='generator weights: a file, or repository:path '
                    'on the hub (default: those that the model folder names, else the teacher is sampled)')
     g.add_argument('--lora', metavar='FILE', help='a LoRA adapter for these weights, where it is not in their file')

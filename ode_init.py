@@ -29,13 +29,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from wan_causal import (EMA, FRAMES, NEGATIVE_PROMPT, PIXELS, SEED, TINY, Help, InputError, Parser, Run, Trajectories,
+from wan_causal import (EMA, FRAMES, NEGATIVE_PROMPT, PIXELS, SEED, Help, InputError, Parser, Run, Trajectories,
                         block_causal, check_writable, chunk_sizes, claim_folder, compute_dtype, draw_per_chunk,
                         find_folder, format_steps, gaussian, latent_shape, load_checkpoint, load_dit,
                         load_text_encoder, load_vae, machine_flags, number, ode_trajectory, parse_stage, processes,
                         read_prompts, refuse_unused, replace_file, require, run_script, sample_generators,
-                        sample_numbers, saved_steps, set_threads, shift_sigma, shuffled, trainable, training_flags,
-                        warped_steps, whole, write_tensors, x0_from_v)
+                        sample_numbers, saved_steps, set_threads, shift_sigma, shuffled, tiny_model, trainable,
+                        training_flags, warped_steps, whole, write_tensors, x0_from_v)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def parse_args(argv=None):
         g.add_argument('--init', metavar='FILE', help='few-step student to start from (default: --model)')
         g.add_argument('--chunk', type=whole(1), default=3, help='latent frames per chunk; 1 is frame-wise')
     else:
-        p.add_argument('--model', default=TINY, help='the teacher: a folder or hub repository')
+        p.add_argument('--model', default=tiny_model(), help='the teacher: a folder or hub repository')
         p.add_argument('--prompts', default='gdhe17/Self-Forcing:vidprom_filtered_extended.txt', metavar='FILE',
                        help='one per line, a file or repository:path on the hub; --count of them are drawn')
         p.add_argument('--held-out', metavar='FILE',

@@ -2117,7 +2117,9 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if told else super()._get_help_string(action)
 
 
-TINY = os.path.relpath(Path(__file__).parent / 'tests/tiny')  # the default --model, wherever one stands
+def tiny_model():
+    """The default --model, which lies beside the scripts, wherever one stands."""
+    return os.path.relpath(Path(__file__).parent / 'tests/tiny')
 
 
 class Parser(argparse.ArgumentParser):
@@ -2171,7 +2173,7 @@ def parse_known(p, argv):
 def training_flags(p, **paper):
     """Add the flags that all training stages share; `paper`: the defaults of this stage for a real model."""
     g = p.add_argument_group('data')
-    g.add_argument('--model', default=TINY, help='the Wan model: a folder or hub repository')
+    g.add_argument('--model', default=tiny_model(), help='the Wan model: a folder or hub repository')
     g.add_argument('--prompts', default='gdhe17/Self-Forcing:vidprom_filtered_extended.txt', metavar='FILE',
                    help='one prompt per line: a file, or repository:path on the hub')
     g.add_argument('--held-out', metavar='FILE',
