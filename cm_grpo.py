@@ -28,7 +28,6 @@ Whatever the kernel it was trained with, the generator is then used with the con
     torchrun --standalone --nproc_per_node 8 cm_grpo.py --model Wan-AI/Wan2.1-T2V-1.3B \\
         --init mvp-lab/RAVEN:raven_model.pt --out runs/grpo
 """
-import argparse
 import contextlib
 import copy
 import json
@@ -39,12 +38,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from wan_causal import (EMA, Help, InputError, Run, aesthetic_head, checked_reward, chunk_sizes, chunk_weights,
-                        clip_preprocess, compute_dtype, consistency_kernel, find_folder, fold_lora, format_steps,
-                        gaussian, interleaved_x0, latent_shape, load_checkpoint, load_clip, load_dit, load_function,
-                        load_image_reward, load_text_encoder, load_vae, parse_stage, processes, read_prompts,
-                        recorded_rollout, replace_file, require, run_script, sample_generators, sample_numbers,
-                        save_checkpoint, saved_steps, shuffled, trainable, training_flags, v_from_x0, warped_steps)
+from wan_causal import (EMA, Help, InputError, Parser, Run, aesthetic_head, checked_reward, chunk_sizes, chunk_weights,
+                        claim_folder, clip_preprocess, compute_dtype, consistency_kernel, find_folder, fold_lora,
+                        format_steps, gaussian, interleaved_x0, latent_shape, load_checkpoint, load_clip, load_dit,
+                        load_function, load_image_reward, load_text_encoder, load_vae, number, parse_stage, processes,
+                        read_prompts, recorded_rollout, refuse_unused, replace_file, require, run_script,
+                        sample_generators, sample_numbers, save_checkpoint, saved_steps, shuffled, trainable,
+                        training_flags, v_from_x0, warped_steps, whole)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -165,15 +165,18 @@ class Clip:
         return torch.stack([F.linear(self.images(frame), *self.head)[:, 0] for frame in some_frames(video)]).mean(0)
 
 
+def named_weight(text):
+    """An argparse type: name=weight, as it is."""
+    number()(text.partition('=')[2] or '1')
+    return text
+
+
 def load_rewards(args, device):
     """--rewards name=weight ... -> ([(name, callable)], weights (kinds,))."""
     rewards, weights, clip = [], [], None
     for item in args.rewards:
         name, _, weight = item.partition('=')
-        try:
-            weights.append(float(weight or 1))
-        except ValueError as error:
-            raise InputError(f'--rewards {item}: {weight} is not a number; write name=weight') from error
+        weights.append(float(weight or 1))
         if name == 'imagereward':
             model = load_image_reward(args.reward_model, device)
             rewards.append((name, lambda video, prompts: torch.stack(
@@ -264,30 +267,30 @@ def start_x0(net, frozen, *inputs):
 # ----------------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description='Policy gradients on the consistency sampler\'s own kernel.',
+    p = Parser(description='Policy gradients on the consistency sampler\'s own kernel.',
                                 formatter_class=Help)
     training_flags(p, out='runs/cm_grpo', steps=160, lr=5e-6, weight_decay=0.0, grad_clip=1000.0, ema=0.9675)
     g = p.add_argument_group('policy')
     g.add_argument('--init', metavar='FILE', help='causal few-step generator to start from')
     g.add_argument('--policy', choices=['cm', 'em'], default='cm', help='kernel: consistency, or Euler-Maruyama')
-    g.add_argument('--em-noise', type=float, default=0.4, help='noise level of --policy em')
-    g.add_argument('--group', type=int, default=32, help='rollouts per prompt')
-    g.add_argument('--prompts-per-step', type=int, default=8, help='prompts per step; --accum follows from it')
-    g.add_argument('--kl', type=float, default=0.0, help='weight of the KL to the start; 0: off')
-    g.add_argument('--updates', type=int, default=1, help='updates per rollout; more than 1 clips the ratio')
-    g.add_argument('--clip', type=float, default=1e-3, help='of the ratio, when --updates > 1')
-    g.add_argument('--chunk-weight-shift', type=float, default=-1.0, help='loss weights, see distill_dmd.py')
-    g.add_argument('--chunk', type=int, help='latent frames per chunk; 1 is frame-wise (default: as --init)')
-    g.add_argument('--lora-rank', type=int, default=256, help='0: train all weights')
-    g.add_argument('--lora-alpha', type=float, default=256, help='the update is alpha / rank * B A')
+    g.add_argument('--em-noise', type=number(above=0), default=0.4, help='noise level of --policy em')
+    g.add_argument('--group', type=whole(2), default=32, help='rollouts per prompt')
+    g.add_argument('--prompts-per-step', type=whole(1), default=8, help='prompts per step; --accum follows from it')
+    g.add_argument('--kl', type=number(0), default=0.0, help='weight of the KL to the start; 0: off')
+    g.add_argument('--updates', type=whole(1), default=1, help='updates per rollout; more than 1 clips the ratio')
+    g.add_argument('--clip', type=number(above=0), default=1e-3, help='of the ratio, when --updates > 1')
+    g.add_argument('--chunk-weight-shift', type=number(), default=-1.0, help='loss weights, see distill_dmd.py')
+    g.add_argument('--chunk', type=whole(1), help='latent frames per chunk; 1 is frame-wise (default: as --init)')
+    g.add_argument('--lora-rank', type=whole(0), default=256, help='0: train all weights')
+    g.add_argument('--lora-alpha', type=number(), default=256, help='the update is alpha / rank * B A')
     g = p.add_argument_group('rewards')
-    g.add_argument('--rewards', nargs='+', metavar='NAME=WEIGHT',
+    g.add_argument('--rewards', nargs='+', type=named_weight, metavar='NAME=WEIGHT',
                    default=['imagereward=1', 'clip=2', 'motion=0.35', 'smoothness=0.75'],
                    help='imagereward, clip, aesthetic, motion, smoothness, or module:function')
     g.add_argument('--reward-model', default='THUDM/ImageReward', help='ImageReward\'s folder or hub repository')
     g.add_argument('--clip-model', default='openai/clip-vit-large-patch14', help='CLIP')
     g.add_argument('--aesthetic-head', metavar='FILE', help='LAION\'s sa_0_4_vit_l_14_linear.pth')
-    g.add_argument('--motion-alarm', type=float, default=0.5,
+    g.add_argument('--motion-alarm', type=number(0), default=0.5,
                    help='warn when the motion of the last 10 steps falls below this share of that of the first 10')
     args = parse_stage(p, 'cm_grpo', argv)
     if not args.init:
@@ -295,13 +298,16 @@ def parse_args(argv=None):
                          'distill_dmd.py --history raven or of reward_forcing.py')
     if args.accum != p.get_default('accum'):
         raise InputError(f'--accum {args.accum} follows from --prompts-per-step, --group and --batch: change these')
-    if args.aesthetic_head and not any(item.partition('=')[0] == 'aesthetic' for item in args.rewards):
-        raise InputError('--aesthetic-head has no effect without aesthetic=WEIGHT among --rewards')
-    if args.group < 2 or args.prompts_per_step < 1 or args.updates < 1 or args.lora_rank < 0:
-        raise InputError(f'--group {args.group} must be at least 2, --prompts-per-step {args.prompts_per_step} and '
-                         f'--updates {args.updates} at least 1, --lora-rank {args.lora_rank} at least 0')
-    if args.em_noise <= 0:
-        raise InputError(f'--em-noise {args.em_noise} must be positive: without noise there is no policy to train')
+    names = {item.partition('=')[0] for item in args.rewards}
+    for without, why, *flags in (
+            (not names & {'aesthetic'}, 'aesthetic=WEIGHT is not among --rewards', 'aesthetic_head'),
+            (not names & {'aesthetic', 'clip'}, 'clip=WEIGHT is not among --rewards', 'clip_model'),
+            (not names & {'imagereward'}, 'imagereward=WEIGHT is not among --rewards', 'reward_model'),
+            (args.policy == 'cm', 'it is that of --policy em', 'em_noise'),
+            (args.updates == 1, 'with one update per rollout the ratio is 1', 'clip'),
+            (args.lora_rank == 0, '--lora-rank 0 trains all weights', 'lora_alpha')):
+        if without:
+            refuse_unused(p, args, why, *flags)
     return args
 
 
@@ -326,6 +332,7 @@ def main():
 
 def train(args, process):
     # --- setup
+    claim_folder(args, process)
     device, total = process.device, args.prompts_per_step * args.group
     dtype = compute_dtype(args, device)
     if total % (args.batch * process.world):

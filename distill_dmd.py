@@ -34,19 +34,19 @@ is one generator update here; the public scripts count critic updates.
     torchrun --standalone --nproc_per_node 8 distill_dmd.py --model Wan-AI/Wan2.1-T2V-1.3B --student causal \\
         --history self-forcing --teacher Wan-AI/Wan2.1-T2V-14B --init runs/ode/model.safetensors --out runs/self_forcing
 """
-import argparse
 import dataclasses
 import random
 
 import torch
 
-from wan_causal import (EMA, NEGATIVE_PROMPT, Help, InputError, Run, Trajectories, add_noise, block_causal,
-                        chunk_sizes, chunk_weights, compute_dtype, draw_per_chunk, find_folder, format_steps,
-                        frame_reward, gaussian, guided_velocity, interleaved_x0, latent_frames, latent_motion,
-                        latent_shape, load_checkpoint, load_dit, load_image_reward, load_text_encoder, load_vae,
-                        parse_known, parse_stage, processes, read_prompts, recorded_rollout, require, reward_gradient,
-                        rollout, run_script, sample_generators, sample_numbers, saved_steps, shift_sigma, shuffled,
-                        trainable, training_flags, warped_steps, x0_from_v)
+from wan_causal import (EMA, FRAMES, NEGATIVE_PROMPT, Help, InputError, Parser, Run, Trajectories, add_noise,
+                        block_causal, chunk_sizes, chunk_weights, claim_folder, compute_dtype, draw_per_chunk,
+                        find_folder, format_steps, frame_reward, gaussian, guided_velocity, interleaved_x0,
+                        latent_frames, latent_motion, latent_shape, load_checkpoint, load_dit, load_image_reward,
+                        load_text_encoder, load_vae, number, parse_known, parse_stage, processes, read_prompts,
+                        recorded_rollout, refuse_unused, require, reward_gradient, rollout, run_script,
+                        sample_generators, sample_numbers, saved_steps, shift_sigma, shuffled, trainable,
+                        training_flags, warped_steps, whole, x0_from_v)
 
 # The settings of the papers, as far as they differ: the flags' defaults for each history.
 # Guidance in the usual formula: CausVid's 3.5 and Self Forcing's 3.0 multiply (cond - uncond) on top of cond.
@@ -192,28 +192,28 @@ def last_window(x0, frames, vae):
 # ----------------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description='Few-step distillation by distribution matching.', formatter_class=Help)
+    p = Parser(description='Few-step distillation by distribution matching.', formatter_class=Help)
     training_flags(p, out='runs/distill_dmd')
     g = p.add_argument_group('student')
     g.add_argument('--student', choices=['bidirectional', 'causal'], default='bidirectional', help='what is trained')
     g.add_argument('--history', choices=list(SETTINGS)[1:],
                    help='of the causal student, and only there (default: self-forcing)')
     g.add_argument('--init', metavar='FILE', help='weights that the student starts from (default: --model)')
-    g.add_argument('--chunk', type=int, help='latent frames per chunk; 1 is frame-wise (default: as --init, else 3)')
+    g.add_argument('--chunk', type=whole(1), help='latent frames per chunk; 1 is frame-wise (default: as --init, else 3)')
     g.add_argument('--data', default='runs/trajectories', metavar='FOLDER',
                    help='ODE trajectories, for the histories that need data')
-    g.add_argument('--rollout-frames', type=int, metavar='N',
+    g.add_argument('--rollout-frames', type=FRAMES, metavar='N',
                    help='self-forcing: roll out this many video frames, and train the last --frames of them')
     g = p.add_argument_group('distribution matching')
     g.add_argument('--teacher', help='the Wan model of the real score, e.g. the 14B one (default: --model)')
-    g.add_argument('--shift', type=float, help='timestep shift of the scores, and of the student unless --init says')
-    g.add_argument('--guidance', type=float, help='of the real score, usual formula; 1 is off')
+    g.add_argument('--shift', type=number(above=0), help='timestep shift of the scores, and of the student unless --init says')
+    g.add_argument('--guidance', type=number(), help='of the real score, usual formula; 1 is off')
     g.add_argument('--negative', default=NEGATIVE_PROMPT, help='negative prompt of the real score')
-    g.add_argument('--ratio', type=int, help='critic updates per generator update')
-    g.add_argument('--critic-lr', type=float, help='learning rate of the critic')
-    g.add_argument('--chunk-weight-shift', type=float,
+    g.add_argument('--ratio', type=whole(1), help='critic updates per generator update')
+    g.add_argument('--critic-lr', type=number(0), help='learning rate of the critic')
+    g.add_argument('--chunk-weight-shift', type=number(),
                    help='loss weights: -1 later chunks more, 1 earlier ones, 0 all alike')
-    g.add_argument('--reward-weight', type=float, default=0.0, help='of an ImageReward of the last frame; 0: none')
+    g.add_argument('--reward-weight', type=number(), default=0.0, help='of an ImageReward of the last frame; 0: none')
     g.add_argument('--reward-model', default='THUDM/ImageReward', help='ImageReward\'s folder or hub repository')
     asked = parse_known(p, argv)
     if asked.history and asked.student == 'bidirectional':
@@ -226,15 +226,16 @@ def parse_args(argv=None):
         raise InputError(f'--data {args.data} has no effect: history {history} trains on the student\'s own rollouts')
     if args.student == 'bidirectional' and args.chunk:
         raise InputError(f'--chunk {args.chunk} needs --student causal: a bidirectional one makes all frames at once')
-    if args.ratio < 1:
-        raise InputError(f'--ratio {args.ratio} must be at least 1')
+    if not args.reward_weight:
+        refuse_unused(p, args, 'no --reward-weight is given', 'reward_model')
+    if args.guidance == 1:
+        refuse_unused(p, args, '--guidance 1 needs none', 'negative')
     if args.student == 'causal' and not args.init:
         raise InputError('no --init: a causal student starts from a causal few-step one, such as the result of '
                          'ode_init.py train')
-    if args.rollout_frames and (args.history != 'self-forcing' or args.rollout_frames < args.frames
-                                or args.rollout_frames % 4 != 1):
-        raise InputError(f'--rollout-frames {args.rollout_frames} needs --history self-forcing, and must be 1 + 4k and '
-                         f'at least --frames {args.frames}')
+    if args.rollout_frames and (args.history != 'self-forcing' or args.rollout_frames < args.frames):
+        raise InputError(f'--rollout-frames {args.rollout_frames} needs --history self-forcing, and must be at '
+                         f'least --frames {args.frames}')
     return args
 
 
@@ -246,6 +247,7 @@ def main():
 
 def train(args, process):
     # --- setup
+    claim_folder(args, process)
     device, causal = process.device, args.student == 'causal'
     dtype = compute_dtype(args, device)
     prompts, held_out = read_prompts(args)

@@ -23,10 +23,10 @@ VBench's own list comes with `pip install --no-deps vbench`, or with --full-info
         --aesthetic-head sa_0_4_vit_l_14_linear.pth --vbench-python vbench-env/bin/python
     python eval_vbench.py table runs/vbench_reward/results --name "reward forcing"
 """
-import argparse
 import functools
 import importlib.util
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -39,8 +39,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from wan_causal import (CLIP_MEAN, CLIP_STD, Help, InputError, aesthetic_head, find_file, load_clip, model_defaults,
-                        pretrained, processes, read_json, read_lines, replace_file, run_script)
+from wan_causal import (CLIP_MEAN, CLIP_STD, Help, InputError, Parser, aesthetic_head, find_file, load_clip,
+                        model_defaults, number, pretrained, processes, read_json, read_lines, replace_file, run_script,
+                        tiny_model, whole)
 
 # ----------------------------------------------------------------------------------------------------------
 # Constants: VBench's scripts/constant.py, and the papers' tables
@@ -107,13 +108,18 @@ def read_suite(path):
     entries = read_json(path)
     if not isinstance(entries, list) or not entries:
         raise InputError(f'{path} is not a list of prompts such as VBench_full_info.json')
+    return checked_suite(entries, path)
+
+
+def checked_suite(entries, path):
+    """The entries, if each has what is needed, and a prompt that can name its videos."""
     for number, entry in enumerate(entries):
         prompt, names = (entry.get(key) for key in ('prompt_en', 'dimension')) if isinstance(entry, dict) else (0, 0)
         if not isinstance(prompt, str) or not prompt.strip() or not isinstance(names, list):
             raise InputError(f'{path}: entry {number} is not {{"prompt_en": text, "dimension": [names]}}')
         if unknown := [name for name in names if name not in VBENCH and name not in TINY]:
             raise InputError(f'{path}: entry {number} has the unknown dimension {unknown[0]!r}')
-        if '/' in prompt or len(prompt.encode()) > 230:
+        if '/' in prompt or '\0' in prompt or len(prompt.encode(errors='replace')) > 230:
             raise InputError(f'{path}: the prompt of entry {number} cannot be a file name: {prompt[:60]!r}')
         if 'appearance_style' in names and not isinstance(style(entry), str):
             raise InputError(f'{path}: entry {number} has no auxiliary_info for appearance_style')
@@ -292,10 +298,10 @@ def sample_flags(p):
     g.add_argument('--held-out', metavar='FILE', help='captions of the tiny world (default: the tiny model\'s)')
     g.add_argument('--extended', metavar='FILE', help='what the generator is given instead: a line for each entry')
     g.add_argument('--dimensions', nargs='+', metavar='NAME', help='only the prompts for these (default: all)')
-    g.add_argument('--samples', type=int, default=5, help='videos per prompt, and 5 times as many for flickering')
-    g.add_argument('--seed', type=int, default=0, help='sample i of entry n has the seed 10^6 seed + 1000 n + i')
+    g.add_argument('--samples', type=whole(1, 200), default=5, help='videos per prompt, and 5 times as many for flickering')
+    g.add_argument('--seed', type=whole(0, 1 << 40), default=0, help='sample i of entry n has the seed 10^6 seed + 1000 n + i')
     g.add_argument('--out', default='runs/vbench', help='the folder of videos and results')
-    g.add_argument('--model', default='tests/tiny', help='the Wan model: a folder or hub repository')
+    g.add_argument('--model', default=tiny_model(), help='the Wan model: a folder or hub repository')
     p.epilog = 'What follows -- are flags of generate.py: -- --checkpoint FILE --window 21'
 
 
@@ -307,21 +313,21 @@ def score_flags(p):
     p.add_argument('--full-info', metavar='FILE', help='VBench_full_info.json (default: what `sample` left, else the '
                                                        'installed vbench package\'s)')
     p.add_argument('--dimensions', nargs='+', metavar='NAME', help='only these (default: all that can be scored)')
-    p.add_argument('--samples', type=int, default=5, help='videos per prompt that must be there')
+    p.add_argument('--samples', type=whole(1, 200), default=5, help='videos per prompt that must be there')
     p.add_argument('--dino', default='facebook/dino-vitb16', help='DINO ViT-B/16: a folder or hub repository')
     p.add_argument('--clip', default='openai/clip-vit-base-patch32', help='CLIP ViT-B/32')
     p.add_argument('--clip-large', default='openai/clip-vit-large-patch14', help='CLIP ViT-L/14')
     p.add_argument('--aesthetic-head', metavar='FILE', help='LAION\'s sa_0_4_vit_l_14_linear.pth')
-    p.add_argument('--model', default='tests/tiny', help='tiny captions: the model whose world measures them')
+    p.add_argument('--model', default=tiny_model(), help='tiny captions: the model whose world measures them')
     p.add_argument('--vbench-python', metavar='FILE', help='Python of an environment with VBench, for the other ones')
-    p.add_argument('--vbench-gpus', type=int, default=1, help='GPUs that VBench uses')
+    p.add_argument('--vbench-gpus', type=whole(1), default=1, help='GPUs that VBench uses')
     p.add_argument('--device', help='cpu or cuda (default: cuda if there is one)')
 
 
 def table_flags(p):
     p.add_argument('results', nargs='*', help='result files, VBench\'s or ours, or folders of them (default: '
                                               'runs/vbench/results)')
-    p.add_argument('--percentages', type=float, nargs=16, metavar='P',
+    p.add_argument('--percentages', type=number(0, 100), nargs=16, metavar='P',
                    help='instead of files, 16 numbers in the papers\' order: ' + ', '.join(VBENCH))
     p.add_argument('--name', default='this run', help='of the row')
     p.add_argument('--format', choices=['text', 'markdown', 'json'], default='text', help='of the output')
@@ -329,7 +335,7 @@ def table_flags(p):
 
 def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    p = argparse.ArgumentParser(description='VBench: sample its suite, score the videos, aggregate the scores.',
+    p = Parser(description='VBench: sample its suite, score the videos, aggregate the scores.',
                                 formatter_class=Help)
     flags = {'sample': sample_flags, 'score': score_flags, 'table': table_flags}
     p.add_argument('verb', choices=flags, help='what to do; `eval_vbench.py VERB --help` shows its flags')
@@ -340,19 +346,21 @@ def parse_args(argv=None):
     if verb == 'sample':
         args.held_out = args.held_out or model_defaults(args.model).get('held_out')
         args.generate = ['--model', args.model, *argv[cut + 1:]]
-    if verb != 'table' and not 1 <= args.samples <= 200:
-        raise InputError(f'--samples {args.samples} must be 1 to 200')
     return args
 
 
 # ----------------------------------------------------------------------------------------------------------
 # sample
 
+RANK = os.environ.get('RANK', '')
+
+
 def sampling_suite(args):
     """(entries, the text that the generator is given for each)."""
     if args.full_info is None and args.held_out:
         captions = read_lines(find_file(args.held_out), aligned=True)
         entries = [{'prompt_en': caption, 'dimension': list(TINY)} for caption in captions]
+        checked_suite(entries, args.held_out)
     else:
         entries = read_suite(args.full_info or installed_list())
     texts = [entry['prompt_en'] for entry in entries]
@@ -375,7 +383,7 @@ def record(out, entries, videos, flags):
                          'give the same to go on, or another --out')
     for path, content in ((file, {'generate': flags, 'videos': {**old['videos'], **videos}}),
                           (out / 'full_info.json', entries)):
-        replace_file(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1)))
+        replace_file(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1)), RANK)
 
 
 def sample(args):
@@ -386,7 +394,7 @@ def sample(args):
               for name, (n, i) in names.items()}
     record(out, entries, videos, args.generate)
     jobs = [json.dumps({**video, 'out': str(out / 'videos' / name)}) for name, video in videos.items()]
-    replace_file(out / 'jobs.jsonl', lambda temporary: temporary.write_text('\n'.join(jobs)))
+    replace_file(out / 'jobs.jsonl', lambda temporary: temporary.write_text('\n'.join(jobs)), RANK)
     generate = Path(__file__).with_name('generate.py')
     sys.argv = [str(generate), '--jobs', str(out / 'jobs.jsonl'), *args.generate]
     runpy.run_path(str(generate), run_name='__main__')

@@ -11,9 +11,12 @@ Without --checkpoint (or with --bidirectional) the model itself is sampled with 
 classifier-free guidance, all frames at once: that is the teacher, and it cannot stream. A few-step bidirectional
 student (--bidirectional --checkpoint) is sampled all at once too, at its own timesteps.
 """
-import argparse
+import contextlib
+import functools
 import itertools
 import json
+import mimetypes
+import os
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -23,50 +26,51 @@ import imageio
 import torch
 from tqdm import tqdm
 
-from wan_causal import (MAX_POSITION, NEGATIVE_PROMPT, Help, InputError, check_writable, chunk_sizes,
-                        compute_dtype, first_line, find_folder, format_steps, gaussian, latent_frames,
-                        load_checkpoint, load_dit, load_text_encoder, load_vae, machine_flags, model_defaults,
-                        ode_trajectory, parse_stage, peak_memory, processes, read_lines, require, rollout, rope_table, run_script,
-                        saved_steps, seeded, sigma_schedule, to_frames, warped_steps)
+from wan_causal import (MAX_POSITION, NEGATIVE_PROMPT, PIXELS, Help, InputError, Parser, check_video, check_writable,
+                        chunk_sizes, compute_dtype, find_folder, first_line, format_steps, frames_in,
+                        gaussian, latent_frames, load_checkpoint, load_dit, load_text_encoder, load_vae, machine_flags,
+                        model_defaults, number, ode_trajectory, parse_stage, peak_memory, processes, read_lines,
+                        refuse_unused, replacing, require, rollout, rope_table, run_script, saved_steps, seeded, set_threads,
+                        sigma_schedule, tiny_model, to_frames, warped_steps, whole, writing)
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description='Generate videos from prompts.', formatter_class=Help)
+    p = Parser(description='Generate videos from prompts.', formatter_class=Help)
     g = p.add_argument_group('what')
     g.add_argument('prompt', nargs='*', help='one or more prompts')
     g.add_argument('--prompts', dest='prompt_file', metavar='FILE', help='a text file with one prompt per line')
     g.add_argument('--jobs', metavar='FILE', help='instead, lines of JSON {"prompt": text, "seed": number, "out": '
                                                   'file}; a file that is there already is left as it is')
     g.add_argument('--init', metavar='FILE', help='go on from this video, or from this image as the first frame')
-    g.add_argument('--frames', type=int, default=81, help='video frames, 1 + 4k, those of --init included')
-    g.add_argument('--height', type=int, default=480, help='pixels, a multiple of 16')
-    g.add_argument('--width', type=int, default=832, help='pixels, a multiple of 16')
-    g.add_argument('--fps', type=int, default=16, help='frames per second of the file')
-    g.add_argument('--seed', type=int, default=0, help='of the noise; prompt i uses seed + i')
+    g.add_argument('--frames', type=whole(1, step=4), default=81, help='video frames, 1 + 4k, those of --init included')
+    g.add_argument('--height', type=PIXELS, default=480, help='pixels, a multiple of 16')
+    g.add_argument('--width', type=PIXELS, default=832, help='pixels, a multiple of 16')
+    g.add_argument('--fps', type=whole(1, 1000), default=16, help='frames per second of the file')
+    g.add_argument('--seed', type=whole(1 - (1 << 63)), default=0, help='of the noise; prompt i uses seed + i')
     g.add_argument('--out', default='samples', help='an .mp4 file for one prompt, or a folder')
     g = p.add_argument_group('model')
-    g.add_argument('--model', default='tests/tiny', help='a folder or hub repository, Wan\'s or diffusers\' layout')
+    g.add_argument('--model', default=tiny_model(), help='a folder or hub repository, Wan\'s or diffusers\' layout')
     g.add_argument('--checkpoint', dest='weights', metavar='FILE', help='generator weights: a file, or repository:path '
                    'on the hub (default: those that the model folder names, else the teacher is sampled)')
     g.add_argument('--lora', metavar='FILE', help='a LoRA adapter for these weights, where it is not in their file')
     g.add_argument('--no-ema', action='store_true', help='take the weights that are not averaged, if the file has both')
     g = p.add_argument_group('causal sampling')
-    g.add_argument('--timesteps', type=float, nargs='+', metavar='T',
+    g.add_argument('--timesteps', type=number(above=0, high=1000), nargs='+', metavar='T',
                    help='those that the network sees, falling (default: the checkpoint\'s, else 1000 750 500 250 at '
                         'shift 5)')
-    g.add_argument('--chunk', type=int, help='latent frames per chunk (default: the checkpoint\'s, else 3)')
-    g.add_argument('--first-chunk', type=int, help='latent frames of the first chunk (default: as --chunk)')
-    g.add_argument('--window', type=int, help='latent frames a frame may see, its chunk included (default: all)')
-    g.add_argument('--sink', type=int, default=0, help='of these, how many are the video\'s first ones')
-    g.add_argument('--overlap', type=int, metavar='N',
+    g.add_argument('--chunk', type=whole(1), help='latent frames per chunk (default: the checkpoint\'s, else 3)')
+    g.add_argument('--first-chunk', type=whole(1), help='latent frames of the first chunk (default: as --chunk)')
+    g.add_argument('--window', type=whole(1), help='latent frames a frame may see, its chunk included (default: all)')
+    g.add_argument('--sink', type=whole(0), default=0, help='of these, how many are the video\'s first ones')
+    g.add_argument('--overlap', type=whole(1), metavar='N',
                    help='long videos as CausVid makes them: rollouts of the model\'s length, each of which starts from '
                         'the last N latent frames before it, instead of one rollout with a rolling cache')
     g = p.add_argument_group('bidirectional sampling')
     g.add_argument('--bidirectional', action='store_true', help='all frames at once: the teacher, or a student')
-    g.add_argument('--steps', type=int, default=50, help='solver steps')
+    g.add_argument('--steps', type=whole(1), default=50, help='solver steps')
     g.add_argument('--solver', choices=['unipc', 'euler'], default='unipc', help='ODE solver')
-    g.add_argument('--shift', type=float, default=5.0, help='timestep shift')
-    g.add_argument('--guidance', type=float, default=5.0, help='classifier-free guidance, 1 is off')
+    g.add_argument('--shift', type=number(above=0), default=5.0, help='timestep shift')
+    g.add_argument('--guidance', type=number(), default=5.0, help='classifier-free guidance, 1 is off')
     g.add_argument('--negative', default=NEGATIVE_PROMPT, help='negative prompt')
     g = p.add_argument_group('machine')
     machine_flags(g)
@@ -76,7 +80,7 @@ def parse_args(argv=None):
     args.segment = p.get_default('frames')  # the model's own length
     args.weights = args.weights or (None if args.bidirectional else model_defaults(args.model).get('checkpoint'))
     args.bidirectional = args.bidirectional or args.weights is None
-    args.changed = [name for name, value in vars(args).items() if value != p.get_default(name)]
+    args.unused = functools.partial(refuse_unused, p, args)
     check(args)
     return args
 
@@ -86,13 +90,9 @@ def check(args):
     if latent_frames(args.frames) > MAX_POSITION and not args.overlap:
         raise InputError(f'--frames {args.frames} is past the RoPE table: Wan has {MAX_POSITION} positions, '
                          f'{1 + 4 * (MAX_POSITION - 1)} frames')
-    for name, value in (('--first-chunk', args.first_chunk), ('--window', args.window), ('--overlap', args.overlap)):
-        if value is not None and value < 1:
-            raise InputError(f'{name} {value} must be at least 1')
-    if args.sink < 0 or (args.sink and args.window is None):
-        raise InputError(f'--sink {args.sink} must not be negative, and needs a --window')
-    if args.timesteps and (args.timesteps != sorted(set(args.timesteps), reverse=True)
-                           or not all(0 < t <= 1000 for t in args.timesteps)):
+    if args.sink and args.window is None:
+        raise InputError(f'--sink {args.sink} needs a --window')
+    if args.timesteps and args.timesteps != sorted(set(args.timesteps), reverse=True):
         raise InputError(f'--timesteps {format_steps(args.timesteps)} must fall from at most 1000 to above 0')
     if args.bidirectional and (args.init or args.window or args.overlap):
         raise InputError('--init, --window and --overlap need a causal generator: give its weights with --checkpoint')
@@ -101,17 +101,14 @@ def check(args):
     if args.sink >= latent_frames(args.frames):
         raise InputError(f'--sink {args.sink} must be less than the {latent_frames(args.frames)} latent frames of '
                          f'{args.frames} frames')
+    if args.overlap and args.frames <= args.segment:
+        args.unused(f'{args.frames} frames are one segment of {args.segment}', 'overlap')
     if args.bidirectional:
-        refuse_unused(args, ['chunk', 'first_chunk'], 'all frames are made at once')
+        args.unused('all frames are made at once', 'chunk', 'first_chunk')
     if args.jobs:
-        refuse_unused(args, ['seed', 'out'], 'each line of --jobs has its own')
-
-
-def refuse_unused(args, names, why):
-    """A flag that was given, and would change nothing, is an InputError."""
-    for name in names:
-        if name in args.changed:
-            raise InputError(f'--{name.replace("_", "-")} {getattr(args, name)} has no effect here: {why}')
+        args.unused('each line of --jobs has its own', 'seed', 'out')
+    if not args.weights:
+        args.unused('there are no weights; give them with --checkpoint', 'no_ema')
 
 
 def read_jobs(args):
@@ -121,23 +118,34 @@ def read_jobs(args):
             raise InputError('give prompts or --jobs, not both')
         try:
             rows = [json.loads(line) for line in read_lines(args.jobs)]
-            jobs = [(str(row['prompt']), int(row['seed']), Path(row['out'])) for row in rows]
-            if not all(path.name for *_, path in jobs):
-                raise ValueError('no file name in "out"')
+            jobs = [(str(row['prompt']), int(row['seed']), Path(row['out']).expanduser()) for row in rows]
+            if not all(path.suffix.lower() == '.mp4' and '\0' not in str(path) for *_, path in jobs):
+                raise ValueError('"out" names no .mp4 file')
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f'{args.jobs} must hold lines such as {{"prompt": "a cat", "seed": 0, "out": "cat.mp4"}}: '
                              f'{error!r}') from error
     else:
         prompts = args.prompt + (read_lines(args.prompt_file) if args.prompt_file else [])
-        if args.out.endswith('.mp4') and len(prompts) > 1:
+        file = Path(args.out).suffix.lower() == '.mp4'
+        if not file and 'video' in (mimetypes.guess_type(args.out)[0] or ''):
+            raise InputError(f'--out {args.out}: videos are written as .mp4 files; give one, or a folder')
+        if file and len(prompts) > 1:
             raise InputError(f'--out {args.out} is one file, but there are {len(prompts)} prompts: give a folder')
         words = [re.sub(r'\W+', '_', prompt).strip('_')[:60] or 'video' for prompt in prompts]
-        jobs = [(prompt, seed, Path(args.out) if args.out.endswith('.mp4') else Path(args.out) / f'{word}-{seed}.mp4')
+        jobs = [(prompt, seed, Path(args.out) if file else Path(args.out) / f'{word}-{seed}.mp4')
                 for seed, (prompt, word) in enumerate(zip(prompts, words), args.seed)]
     if any(abs(seed) >= 1 << 63 for _, seed, _ in jobs):
         raise InputError('a seed must be a whole number of at most 63 bits')
     if not jobs or not all(prompt.strip() for prompt, *_ in jobs):
         raise InputError('empty prompt: give at least one prompt, as text or with --prompts FILE')
+    if len({os.path.abspath(path) for *_, path in jobs}) < len(jobs):
+        paths = [path for *_, path in jobs]
+        raise InputError(f'several videos would be written to {max(paths, key=paths.count)}: give each its own "out"')
+    for prompt, _, path in jobs:
+        if prompt.encode(errors='replace').decode() != prompt:
+            raise InputError(f'the prompt {prompt!r} is no UTF-8 text')
+        with writing(path), contextlib.suppress(FileNotFoundError):
+            os.lstat(path)  # a name that is too long, for one
     for folder in {path.parent for *_, path in jobs}:
         check_writable(folder)
     return jobs
@@ -330,8 +338,7 @@ def generate(parts, args, prompt, seed, path, process, negative, init):
         return latent_chunks(model, args, context, negative, init, frames, generator)
 
     pieces = overlapping(clock, vae, args, rolled) if args.overlap else decoded(clock, vae, rolled(init, args.frames))
-    temporary = path.with_name(f'.{path.stem}.part.mp4')  # the same name again after a kill
-    try:
+    with replacing(path) as temporary:
         with imageio.get_writer(temporary, fps=args.fps, quality=8, macro_block_size=2) as writer, \
                 ThreadPoolExecutor(1) as side, \
                 tqdm(total=args.frames, unit='frame', desc=path.name[:30], disable=args.quiet) as bar:
@@ -343,11 +350,7 @@ def generate(parts, args, prompt, seed, path, process, negative, init):
                 written = side.map(writer.append_data, frames)  # begins at once, while the next piece is made
                 bar.update(len(frames))
             list(written)
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError(f'cannot write {path}: {error.strerror or error}') from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        check_video(temporary, args.frames)
     clock.seconds['total'] = [clock.now()]
     return clock
 
@@ -379,6 +382,7 @@ def main():
         require(metadata, args.weights, kind=kind)
         if args.lora:  # folded in float32: an update of bfloat16 weights would be rounded away
             require(load_checkpoint(model, args.lora, onto=True), args.lora, kind=kind)
+        set_threads(model, process.device)
         model = model.to(process.device, dtype).eval()
         vae = load_vae(folder, dtype, process.device)
         text = load_text_encoder(folder, dtype, process.device, args.offload_text)
@@ -396,8 +400,10 @@ def main():
                              f'the {latent_frames(args.segment)} latent frames of a segment')
         solver = args.bidirectional and not args.timesteps
         if not solver:
-            refuse_unused(args, ['steps', 'solver', 'shift', 'guidance', 'negative'],
-                          f'a few-step generator is sampled at its timesteps, {format_steps(args.timesteps)}')
+            args.unused(f'a few-step generator is sampled at its timesteps, {format_steps(args.timesteps)}',
+                        'steps', 'solver', 'shift', 'guidance', 'negative')
+        elif args.guidance == 1:
+            args.unused('--guidance 1 needs none', 'negative')
         negative = text([args.negative]) if solver and args.guidance != 1 else None
         if solver:
             process.print(f'{args.model} is sampled as the bidirectional teacher: {args.steps} {args.solver} steps, '
@@ -408,12 +414,14 @@ def main():
             process.print(f'timesteps {format_steps(args.timesteps)}; {how}')
         if args.compile:
             model = compile_for_inference(model, vae)
-        if args.jobs:
-            process.print(f'{len(jobs)} videos, {sum(not path.exists() for *_, path in jobs)} of them to be made')
-            process.barrier()  # counted before any is made
-        for prompt, seed, path in jobs[process.rank::process.world]:
-            if args.jobs and path.exists():
-                continue
+        mine = jobs[process.rank::process.world]
+        if args.jobs:  # what is there stays, if it is a video
+            with ThreadPoolExecutor() as side:
+                there = side.map(lambda path: path.exists() and frames_in(path), (path for *_, path in mine))
+                mine = [job for job, frames in zip(mine, there) if not frames]
+            left = process.mean(torch.tensor(float(len(mine)), device=process.device)).item() * process.world
+            process.print(f'{len(jobs)} videos, {left:.0f} of them to be made')
+        for prompt, seed, path in mine:
             for _ in range(2 if args.bench else 1):
                 if args.bench:
                     text.rows.cache_clear()  # else the second run finds the prompt encoded

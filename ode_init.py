@@ -21,7 +21,6 @@ which solve at shift 8 and keep states at t = 1000, 960, 889, 727, while the stu
     torchrun --standalone --nproc_per_node 8 ode_init.py train --model Wan-AI/Wan2.1-T2V-1.3B \\
         --data runs/trajectories --init runs/student/model.safetensors --out runs/ode
 """
-import argparse
 import json
 import shutil
 import sys
@@ -30,12 +29,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from wan_causal import (EMA, NEGATIVE_PROMPT, Help, InputError, Run, Trajectories, block_causal, check_writable,
-                        chunk_sizes, compute_dtype, draw_per_chunk, find_folder, format_steps, gaussian, latent_shape,
-                        load_checkpoint, load_dit, load_text_encoder, load_vae, machine_flags, ode_trajectory,
-                        parse_stage, processes, read_prompts, replace_file, require, run_script, sample_generators,
-                        sample_numbers, saved_steps, shift_sigma, shuffled, trainable, training_flags, warped_steps,
-                        x0_from_v)
+from wan_causal import (EMA, FRAMES, NEGATIVE_PROMPT, PIXELS, SEED, Help, InputError, Parser, Run, Trajectories,
+                        block_causal, check_writable, chunk_sizes, claim_folder, compute_dtype, draw_per_chunk,
+                        find_folder, format_steps, gaussian, latent_shape, load_checkpoint, load_dit,
+                        load_text_encoder, load_vae, machine_flags, number, ode_trajectory, parse_stage, processes,
+                        read_prompts, refuse_unused, replace_file, require, run_script, sample_generators,
+                        sample_numbers, saved_steps, set_threads, shift_sigma, shuffled, tiny_model, trainable,
+                        training_flags, warped_steps, whole, write_tensors, x0_from_v)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def shard_path(folder, first):
 
 def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    p = argparse.ArgumentParser(description='ODE trajectories of the teacher (sample), and their regression (train).',
+    p = Parser(description='ODE trajectories of the teacher (sample), and their regression (train).',
                                 formatter_class=Help)
     p.add_argument('verb', choices=['sample', 'train'], help='what to do; `ode_init.py VERB --help` shows its flags')
     verb = argv[0] if argv else None
@@ -92,29 +92,29 @@ def parse_args(argv=None):
         g = p.add_argument_group('regression')
         g.add_argument('--data', default='runs/trajectories', metavar='FOLDER', help='what `sample` wrote')
         g.add_argument('--init', metavar='FILE', help='few-step student to start from (default: --model)')
-        g.add_argument('--chunk', type=int, default=3, help='latent frames per chunk; 1 is frame-wise')
+        g.add_argument('--chunk', type=whole(1), default=3, help='latent frames per chunk; 1 is frame-wise')
     else:
-        p.add_argument('--model', default='tests/tiny', help='the teacher: a folder or hub repository')
+        p.add_argument('--model', default=tiny_model(), help='the teacher: a folder or hub repository')
         p.add_argument('--prompts', default='gdhe17/Self-Forcing:vidprom_filtered_extended.txt', metavar='FILE',
                        help='one per line, a file or repository:path on the hub; --count of them are drawn')
         p.add_argument('--held-out', metavar='FILE',
                        help='prompts that no stage trains on (default: the last 4 of --prompts)')
-        p.add_argument('--count', type=int, default=1400, help='trajectories')
-        p.add_argument('--frames', type=int, default=81, help='video frames, 1 + 4k')
-        p.add_argument('--height', type=int, default=480, help='pixels, a multiple of 16')
-        p.add_argument('--width', type=int, default=832, help='pixels, a multiple of 16')
-        p.add_argument('--steps', type=int, default=48, help='Euler steps')
-        p.add_argument('--shift', type=float, default=5.0, help='timestep shift, which must be the student\'s')
-        p.add_argument('--guidance', type=float, default=6.0, help='classifier-free guidance, 1 is off')
+        p.add_argument('--count', type=whole(1), default=1400, help='trajectories')
+        p.add_argument('--frames', type=FRAMES, default=81, help='video frames, 1 + 4k')
+        p.add_argument('--height', type=PIXELS, default=480, help='pixels, a multiple of 16')
+        p.add_argument('--width', type=PIXELS, default=832, help='pixels, a multiple of 16')
+        p.add_argument('--steps', type=whole(1), default=48, help='Euler steps')
+        p.add_argument('--shift', type=number(above=0), default=5.0, help='timestep shift, which must be the student\'s')
+        p.add_argument('--guidance', type=number(), default=6.0, help='classifier-free guidance, 1 is off')
         p.add_argument('--negative', default=NEGATIVE_PROMPT, help='negative prompt')
-        p.add_argument('--batch', type=int, default=1, help='trajectories solved at once')
-        p.add_argument('--shard', type=int, default=8, help='trajectories per file')
-        p.add_argument('--seed', type=int, default=0, help='of the noise')
+        p.add_argument('--batch', type=whole(1), default=1, help='trajectories solved at once')
+        p.add_argument('--shard', type=whole(1), default=8, help='trajectories per file')
+        p.add_argument('--seed', type=SEED, default=0, help='of the noise')
         p.add_argument('--out', default='runs/trajectories', help='the folder of the shards')
         machine_flags(p)
     args = parse_stage(p, f'ode_init {verb}', argv)
-    if verb == 'sample' and (args.count < 1 or args.shard < 1):
-        raise InputError(f'--count {args.count} and --shard {args.shard} must be at least 1')
+    if verb == 'sample' and args.guidance == 1:
+        refuse_unused(p, args, '--guidance 1 needs none', 'negative')
     return args
 
 
@@ -138,6 +138,7 @@ def sample(args, process):
 
     # --- models
     model = load_dit(folder, dtype, device).eval()
+    set_threads(model, device)
     text = load_text_encoder(folder, dtype, device, args.offload_text)
     shape = latent_shape(args, model.config)
     negative = text([args.negative])
@@ -181,14 +182,14 @@ def sample(args, process):
 
 def save_shard(path, trajectory, prompts, settings):
     """One shard, whole or not at all."""
-    from safetensors.torch import save_file
     metadata = {'prompts': json.dumps(prompts), 'settings': json.dumps(settings)}
-    replace_file(path, lambda temporary: save_file({'trajectory': trajectory}, temporary, metadata=metadata))
+    replace_file(path, lambda temporary: write_tensors(temporary, {'trajectory': trajectory}, metadata))
 
 
 def train(args, process):
     """Regress the trajectories' clean endpoint with a block-causal student."""
     # --- setup
+    claim_folder(args, process)
     device = process.device
     dtype = compute_dtype(args, device)
     data = Trajectories(args.data)
@@ -211,6 +212,9 @@ def train(args, process):
                              f'{format_steps(timesteps)}: sample trajectories at the student\'s --shift')
     generator = process.wrap(net)
     shape = latent_shape(args, net.config)
+    if (held := tuple(data[0][0].shape[1:])) != shape:
+        raise InputError(f'{args.data} holds latents {held}, but those of {args.frames} frames at '
+                         f'{args.width}x{args.height} are {shape}')
     chunks = chunk_sizes(shape[1], args.chunk)
     layout = block_causal(chunks)
     levels = torch.tensor([*timesteps, 0.0], device=device)

@@ -24,17 +24,16 @@ with the video; the rest holds four fifths of the squared gradient in the tiny w
         --init runs/ode/model.safetensors --out runs/reward                                # batch 8, as in the paper
 A reward of your own, any callable (video (B, 3, T, H, W) in [-1, 1], prompts) -> (B,): --reward my_module:my_function
 """
-import argparse
 import random
 
 import torch
 
-from wan_causal import (EMA, Help, InputError, Run, block_causal, chunk_sizes, compute_dtype, find_folder,
-                        format_steps, frame_reward, gaussian, latent_frame, latent_motion, latent_shape,
+from wan_causal import (EMA, Help, InputError, Parser, Run, block_causal, chunk_sizes, claim_folder, compute_dtype,
+                        find_folder, format_steps, frame_reward, gaussian, latent_frame, latent_motion, latent_shape,
                         load_checkpoint, load_dit, load_function, load_image_reward, load_text_encoder, load_vae,
-                        parse_stage, processes, read_prompts, require, reward_gradient, rollout, run_script,
-                        sample_generators, sample_numbers, saved_steps, shuffled, trainable, training_flags,
-                        warped_steps)
+                        parse_stage, processes, read_prompts, refuse_unused, require, reward_gradient, rollout,
+                        run_script, sample_generators, sample_numbers, saved_steps, shuffled, trainable,
+                        training_flags, warped_steps, whole)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -55,7 +54,7 @@ def rewarded_frames(mode, frames, random):
 # ----------------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description='Reward feedback on the rollouts of a causal generator.',
+    p = Parser(description='Reward feedback on the rollouts of a causal generator.',
                                 formatter_class=Help)
     training_flags(p, out='runs/reward_forcing', steps=600)
     g = p.add_argument_group('reward forcing')
@@ -63,14 +62,14 @@ def parse_args(argv=None):
     g.add_argument('--reward', default='imagereward', help='imagereward, or module:function')
     g.add_argument('--reward-model', default='THUDM/ImageReward', help='ImageReward\'s folder or hub repository')
     g.add_argument('--reward-frames', choices=['last', 'random', 'all'], default='last', help='which frames it sees')
-    g.add_argument('--decode-past', type=int, metavar='N',
+    g.add_argument('--decode-past', type=whole(1), metavar='N',
                    help='decode from N latent frames before the rewarded ones (default: from the start, exactly)')
     g.add_argument('--exit-step', choices=['random', 'last'], default='random',
                    help='the denoising step whose prediction is rewarded, shared by all chunks')
-    g.add_argument('--chunk', type=int, help='latent frames per chunk; 1 is frame-wise (default: as --init)')
+    g.add_argument('--chunk', type=whole(1), help='latent frames per chunk; 1 is frame-wise (default: as --init)')
     args = parse_stage(p, 'reward_forcing', argv)
-    if args.decode_past is not None and args.decode_past < 1:
-        raise InputError(f'--decode-past {args.decode_past} must be at least 1')
+    if args.reward != 'imagereward':
+        refuse_unused(p, args, f'the reward is {args.reward}', 'reward_model')
     if not args.init:
         raise InputError('no --init: reward forcing starts from a causal few-step generator, such as the result of '
                          'ode_init.py train')
@@ -85,6 +84,7 @@ def main():
 
 def train(args, process):
     # --- setup
+    claim_folder(args, process)
     device = process.device
     dtype = compute_dtype(args, device)
     prompts, held_out = read_prompts(args)

@@ -18,12 +18,17 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import errno
+import fcntl
 import functools
+import hashlib
 import html
 import importlib
+import io
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import shutil
@@ -35,6 +40,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 # Recompute in the backward pass instead of keeping activations; nothing in them is random.
@@ -1735,36 +1741,94 @@ def save_checkpoint(path, state, **metadata):
     metadata: stage, kind ('causal' or 'bidirectional'), timesteps, shift, chunk, config, ...; a WanConfig or a list
     becomes JSON. Read back by `load_checkpoint` and checked by `require`.
     """
-    from safetensors.torch import save_file
     text = {key: json.dumps(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value)
             if not isinstance(value, str) else value for key, value in metadata.items()}
-    state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    replace_file(Path(path), lambda temporary: save_file(state, temporary, metadata=text))
+    replace_file(Path(path), lambda temporary: write_tensors(temporary, state, text))
+
+
+def write_tensors(path, state, metadata):
+    """A safetensors file: its header's length, the header, the tensors. The package itself writes a file that a kill
+    leaves behind under another name, and that its owner alone may read."""
+    names = {torch.float64: 'F64', torch.float32: 'F32', torch.float16: 'F16', torch.bfloat16: 'BF16'}
+    state = dict(sorted(state.items(), key=lambda item: -item[1].itemsize))  # aligned, whatever the dtypes
+    header, end = {'__metadata__': metadata}, 0
+    for key, x in state.items():
+        header[key] = {'dtype': names[x.dtype], 'shape': [*x.shape], 'data_offsets': [end, end := end + x.nbytes]}
+    text = json.dumps(header).encode()
+    text += b' ' * (-len(text) % 8)
+    with open(path, 'wb') as file:
+        file.write(len(text).to_bytes(8, 'little') + text)
+        for x in state.values():
+            file.write(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def check_writable(folder):
     """Make a folder if need be; one that cannot be written to is an InputError."""
-    try:
+    with writing(f'to {folder}'):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / '.probe').touch()
         (folder / '.probe').unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f'cannot write to {folder}: {error.strerror or error}') from error
 
 
-def replace_file(path, write):
-    """write(temporary path), then rename: the file is there whole or not at all. A killed process leaves its temporary
-    file, so that has the same name the next time and is replaced; ranks of torchrun have different ones."""
-    temporary = path.with_name(f'.{path.stem}.{os.environ.get("RANK", 0)}{path.suffix}')
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def writing(what):
+    """What goes wrong while a file is written becomes one sentence: 'cannot write {what}: ...'."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f'cannot write {path}: {error.strerror or error}') from error
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it
+        if not isinstance(cause, OSError):
+            raise
+        raise InputError(f'cannot write {what}: {"no space left" if cause.errno in NO_SPACE else first_line(cause)}'
+                         ) from error
+
+
+def temporary_name(path, mark=''):
+    """Where a file is written before it is renamed. A killed process leaves it, so it is the same the next time and is
+    replaced. It is short: the file's own name may be as long as the file system allows."""
+    name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+    return path.with_name(f'.{name}{mark}{path.suffix}')
+
+
+@contextlib.contextmanager
+def replacing(path, mark=''):
+    """`with replacing(path) as temporary:` what is written to `temporary` becomes the file, whole or not at all."""
+    temporary = temporary_name(path, mark)
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with open(temporary, 'rb') as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def replace_file(path, write, mark=''):
+    """write(temporary path), then rename; mark: of this process, where several write the same file."""
+    with replacing(path, mark) as temporary:
+        write(temporary)
+
+
+def frames_in(path):
+    """How many frames a video file has; 0 if it is none, or is cut off."""
+    import imageio
+    try:
+        with imageio.get_reader(path, format='ffmpeg') as reader:
+            return reader.count_frames()
+    except Exception:  # whatever the file is
+        return 0
+
+
+def check_video(path, frames):
+    """A video that ffmpeg did not write to its end is an OSError; imageio does not look at ffmpeg's exit code."""
+    if (found := frames_in(path)) != frames:
+        raise OSError(f'of its {frames} frames ffmpeg wrote {found}; is there space left?')
 
 
 def saved_steps(metadata):
@@ -1793,12 +1857,16 @@ class Trajectories:
 
     def __init__(self, folder):
         from safetensors import safe_open
-        self.where, self.files, self.settings = [], {}, None
+        self.where, self.files, self.settings, shape = [], {}, None, None
         for path in sorted(Path(folder).glob('trajectories_*.safetensors')):
             try:
                 file = self.files[path] = safe_open(path, 'pt')
                 settings, prompts = json.loads(file.metadata()['settings']), json.loads(file.metadata()['prompts'])
-                self.where += [(path, i, prompt) for i, prompt in enumerate(prompts)]
+                self.where += [(path, i, str(prompt)) for i, prompt in enumerate(prompts)]
+                count, *of_one = file.get_slice('trajectory').get_shape()  # (count, K + 1, C, F, H, W)
+                shape = shape or of_one
+                if [count, of_one] != [len(prompts), shape] or of_one[0] != len(settings['timesteps']) + 1:
+                    raise ValueError('of another shape')
             except Exception as error:
                 raise InputError(f'{path} is not a shard of trajectories, or is damaged: delete it, then run '
                                  'ode_init.py sample again') from error
@@ -1826,6 +1894,7 @@ class Process:
     rank: int
     world: int
     device: torch.device
+    lock: object = None  # see `claim_folder`
 
     def print(self, *args):
         """Print on rank 0."""
@@ -1879,8 +1948,13 @@ def processes(device=None):
     alike on all ranks; noise from one seeded by its sample's global index, so that neither the number of ranks nor
     the batch size changes the result.
     """
-    world, rank, local = (int(os.environ.get(key, default)) for key, default in
-                          (('WORLD_SIZE', 1), ('RANK', 0), ('LOCAL_RANK', 0)))
+    given = {key: os.environ[key] for key in ('WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
+             if key in os.environ}
+    world, rank, local = (int(x) if (x := given.get(key, default)).isdecimal() else -1 for key, default in
+                          (('WORLD_SIZE', '1'), ('RANK', '0'), ('LOCAL_RANK', '0')))
+    if not 0 <= rank < world or local < 0 or (world > 1 and not {'RANK', 'MASTER_ADDR', 'MASTER_PORT'} <= set(given)):
+        raise InputError(f'the environment has {" ".join(f"{k}={v}" for k, v in given.items())}, which is not what '
+                         'torchrun sets: start with torchrun, or unset it')
     try:
         device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     except RuntimeError as error:
@@ -1900,11 +1974,9 @@ def processes(device=None):
         # threads would then outlive it and could abort the interpreter's exit.
         importlib.import_module('torch.distributed.nn')
         torch.distributed.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=PATIENCE)
-    try:
-        yield Process(rank, world, device)
-    finally:
-        if world > 1:
-            torch.distributed.destroy_process_group()
+    yield Process(rank, world, device)
+    if world > 1:  # else `run_script` leaves it, once it is said what went wrong
+        torch.distributed.destroy_process_group()
 
 
 def seeded(seed, device='cpu'):
@@ -1913,14 +1985,50 @@ def seeded(seed, device='cpu'):
 
 
 def run_script(main):
-    """Call main(); what the user can mend is printed in one sentence, with exit code 2 and no traceback."""
+    """Call main(); what the user can mend is printed in one sentence, with exit code 2 and no traceback. A fault of
+    the code keeps its traceback. Under torchrun either comes from the first process that fails alone."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors='backslashreplace')  # any prompt or path can be printed, whatever the encoding
     try:
         main()
-    except InputError as error:
-        print(f'error: {error}', file=sys.stderr, flush=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        sys.stdout.flush()
+    except (Exception, KeyboardInterrupt) as error:
+        sentence, first = cause_in_words(error), fails_first()
+        for bar in list(getattr(tqdm, '_instances', ())):
+            bar.close()  # else the sentence would stand behind it
+        if first and sentence:
+            start = '\n' * ('RANK' in os.environ)  # the bar of another process
+            with contextlib.suppress(OSError):
+                print(f'{start}error: {sentence}', file=sys.stderr, flush=True)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        if first and not sentence:
+            raise
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
+
+
+def cause_in_words(error):
+    """What ended a script, if the user or the machine did; None for a fault of the code."""
+    if isinstance(error, KeyboardInterrupt):
+        return 'stopped by Ctrl-C'
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still in the buffer has nowhere to go
+        return 'the pipe that the output goes to is closed'
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or 'DefaultCPUAllocator' in str(error):
+        return f'no memory left, take a smaller --batch, fewer --frames or smaller ones: {first_line(error)}'
+    refused = isinstance(error, OSError) and error.errno in (*NO_SPACE, errno.EACCES, errno.EPERM, errno.EROFS)
+    return str(error) if refused or isinstance(error, InputError) or 'No ffmpeg' in str(error) else None
+
+
+def fails_first():
+    """Whether no other process of this torchrun has failed before; they share the launcher's store."""
+    if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True':
+        return True
+    with contextlib.suppress(Exception):  # the launcher is gone
+        store = torch.distributed.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']),
+                                           wait_for_workers=False, timeout=datetime.timedelta(seconds=10))
+        return store.add(f'failed {os.environ.get("TORCHELASTIC_RESTART_COUNT")}', 1) == 1
+    return True
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1934,6 +2042,53 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if told else super()._get_help_string(action)
 
 
+def tiny_model():
+    """The default --model, which lies beside the scripts, wherever one stands."""
+    return os.path.relpath(Path(__file__).parent / 'tests/tiny')
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are an InputError; a path may begin with ~/ also where no shell has seen it."""
+
+    def error(self, message):
+        raise InputError(message.removeprefix('argument ') + f'; {self.prog} --help shows the flags')
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = [re.sub(r'^(--[\w-]+=)?~/', rf'\1{Path.home()}/', word) for word in
+                (sys.argv[1:] if args is None else args)]
+        return super().parse_known_args(args, namespace)
+
+
+def number(low=None, high=None, above=None, below=None, kind=float, step=None):
+    """An argparse type: a flag's text -> a finite number in a range; `low` and `high` are in it. step: from low on."""
+    def checked(text):
+        try:
+            value = kind(text)
+            if not math.isfinite(value):
+                raise ValueError
+        except (ValueError, OverflowError):
+            raise argparse.ArgumentTypeError(f'{text} is no {"whole " * (kind is int)}number') from None
+        for words, bound, holds in (('at least', low, operator.ge), ('at most', high, operator.le),
+                                    ('more than', above, operator.gt), ('less than', below, operator.lt)):
+            if bound is not None and not holds(value, bound):
+                raise argparse.ArgumentTypeError(f'{text} must be {words} {bound}')
+        if step and (value - low) % step:
+            near = value - (value - low) % step
+            raise argparse.ArgumentTypeError(f'{text} is not {low} + {step}k: take {near} or {near + step}')
+        return value
+    return checked
+
+
+def whole(low, high=(1 << 63) - 1, step=1):
+    """An argparse type: a whole number from `low` to `high`."""
+    return number(low, high, kind=int, step=step)
+
+
+FRAMES = whole(1, 4 * MAX_POSITION - 3, 4)  # as far as the RoPE table goes
+PIXELS = whole(16, 16 * MAX_POSITION, 16)
+SEED = whole(0, (1 << 24) - 1)  # see `sample_generators`
+
+
 def parse_known(p, argv):
     """The flags so far, before defaults depend on them; --help has to wait until they do."""
     argv = sys.argv[1:] if argv is None else argv
@@ -1943,32 +2098,32 @@ def parse_known(p, argv):
 def training_flags(p, **paper):
     """Add the flags that all training stages share; `paper`: the defaults of this stage for a real model."""
     g = p.add_argument_group('data')
-    g.add_argument('--model', default='tests/tiny', help='the Wan model: a folder or hub repository')
+    g.add_argument('--model', default=tiny_model(), help='the Wan model: a folder or hub repository')
     g.add_argument('--prompts', default='gdhe17/Self-Forcing:vidprom_filtered_extended.txt', metavar='FILE',
                    help='one prompt per line: a file, or repository:path on the hub')
     g.add_argument('--held-out', metavar='FILE',
                    help='prompts for the sample videos (default: the last 4 of --prompts)')
-    g.add_argument('--frames', type=int, default=81, help='video frames, 1 + 4k')
-    g.add_argument('--height', type=int, default=480, help='pixels, a multiple of 16')
-    g.add_argument('--width', type=int, default=832, help='pixels, a multiple of 16')
+    g.add_argument('--frames', type=FRAMES, default=81, help='video frames, 1 + 4k')
+    g.add_argument('--height', type=PIXELS, default=480, help='pixels, a multiple of 16')
+    g.add_argument('--width', type=PIXELS, default=832, help='pixels, a multiple of 16')
     g = p.add_argument_group('optimisation')
-    g.add_argument('--steps', type=int, help='optimizer steps')
-    g.add_argument('--batch', type=int, default=1, help='samples per process and backward pass')
-    g.add_argument('--accum', type=int, default=1, help='backward passes per step')
-    g.add_argument('--lr', type=float, default=2e-6, help='learning rate, constant')
-    g.add_argument('--beta1', type=float, default=0.0, help='of AdamW; beta2 is 0.999')
-    g.add_argument('--weight-decay', type=float, default=0.01, help='of AdamW')
-    g.add_argument('--grad-clip', type=float, default=10.0, help='norm to which gradients are clipped')
-    g.add_argument('--ema', type=float, default=0.99, help='decay of the averaged weights, which are the result')
-    g.add_argument('--ema-start', type=int, default=0, help='step from which they are averaged')
-    g.add_argument('--seed', type=int, default=0, help='of everything random')
+    g.add_argument('--steps', type=whole(1), help='optimizer steps')
+    g.add_argument('--batch', type=whole(1), default=1, help='samples per process and backward pass')
+    g.add_argument('--accum', type=whole(1), default=1, help='backward passes per step')
+    g.add_argument('--lr', type=number(0), default=2e-6, help='learning rate, constant')
+    g.add_argument('--beta1', type=number(0, below=1), default=0.0, help='of AdamW; beta2 is 0.999')
+    g.add_argument('--weight-decay', type=number(0), default=0.01, help='of AdamW')
+    g.add_argument('--grad-clip', type=number(above=0), default=10.0, help='norm to which gradients are clipped')
+    g.add_argument('--ema', type=number(0, below=1), default=0.99, help='decay of the averaged weights, which are the result')
+    g.add_argument('--ema-start', type=whole(0), default=0, help='step from which they are averaged')
+    g.add_argument('--seed', type=SEED, default=0, help='of everything random')
     g = p.add_argument_group('files and machine')
     g.add_argument('--out', help='the run\'s folder')
     g.add_argument('--resume', action='store_true', help='go on with the run that --out holds, if any')
-    g.add_argument('--save-every', type=int, default=50, help='steps between states to resume from')
-    g.add_argument('--keep-every', type=int, default=0, metavar='N',
+    g.add_argument('--save-every', type=whole(1), default=50, help='steps between states to resume from')
+    g.add_argument('--keep-every', type=whole(0), default=0, metavar='N',
                    help='steps between results kept as model_<step>.safetensors, 0: none; a multiple of --save-every')
-    g.add_argument('--sample-every', type=int, default=50, help='steps between sample videos, 0: none')
+    g.add_argument('--sample-every', type=whole(0), default=50, help='steps between sample videos, 0: none')
     machine_flags(g)
     g.add_argument('--checkpointing', action=argparse.BooleanOptionalAction, default=True,
                    help='recompute activations in the backward pass: less memory, more time')
@@ -1988,35 +2143,49 @@ def model_defaults(name, stage=''):
     files beside it become paths."""
     file = Path(name) / 'defaults.json'
     given = read_json(file) if file.is_file() else {}
+    if not isinstance(given, dict) or not isinstance(given.get(stage, {}), dict):
+        raise InputError(f'{file} is not {{flag: value, stage: {{flag: value}}}}')
     given = {**given, **given.get(stage, {})}
     return {k: str(file.parent / v) if v and isinstance(v, str) and (file.parent / v).exists() else v
             for k, v in given.items()}
 
 
+def as_words(name, value, known):
+    """A flag of a defaults.json as the words that one would type; known: its value without them."""
+    flag = '--' + name.replace('_', '-')
+    if isinstance(value, bool):
+        return [flag if value else '--no-' + flag[2:]]
+    if isinstance(value, list) and isinstance(known, list):
+        return [flag, *map(str, value)]
+    if isinstance(value, (str, int, float)):
+        return [f'{flag}={value}']
+    raise InputError(f'{flag} cannot be {json.dumps(value)}')
+
+
 def parse_stage(p, stage, argv=None):
-    """Parse and check a stage's flags; the defaults are the paper's, or those of the model's folder."""
+    """Parse and check a stage's flags. The defaults are the paper's, or those of the model's folder, which are checked
+    as if they had been typed."""
+    argv = sys.argv[1:] if argv is None else argv
     known = vars(parse_known(p, argv))
-    p.set_defaults(**{k: v for k, v in model_defaults(known['model'], stage).items() if k in known})
+    given = {k: v for k, v in model_defaults(known['model'], stage).items() if k in known}
+    try:
+        words = [word for k, v in given.items() for word in as_words(k, v, known[k])]
+        checked = vars(parse_known(p, [*argv, *words]))
+    except InputError as error:
+        raise InputError(f'{known["model"]}/defaults.json: {error}') from error
+    p.set_defaults(**{name: checked[name] for name in given})
     args = p.parse_args(argv)
-    if args.frames < 1 or args.frames % 4 != 1:
-        near = max(1, args.frames // 4 * 4 + 1)
-        raise InputError(f'--frames {args.frames} is not 1 + 4k: take {near} or {near + 4}')
-    if args.height < 16 or args.width < 16 or args.height % 16 or args.width % 16:
-        raise InputError(f'{args.width}x{args.height} pixels: width and height must be positive multiples of 16')
-    for name, low in (('steps', 1), ('batch', 1), ('accum', 1), ('save_every', 1), ('keep_every', 0),
-                      ('sample_every', 0), ('chunk', 1), ('fps', 1)):
-        if (value := getattr(args, name, None)) is not None and value < low:
-            raise InputError(f'--{name.replace("_", "-")} {value} must be at least {low}')
     if (keep := getattr(args, 'keep_every', 0)) and keep % args.save_every:
         raise InputError(f'--keep-every {keep} must be a multiple of --save-every {args.save_every}')
-    if stage != 'generate' and not 0 <= args.seed < 1 << 24:  # see `sample_generators`
-        raise InputError(f'--seed {args.seed} must be from 0 to {(1 << 24) - 1}')
-    for name, value in vars(args).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f'--{name.replace("_", "-")} {value} is no number')
-    if (shift := getattr(args, 'shift', None)) is not None and shift <= 0:
-        raise InputError(f'--shift {args.shift} must be positive')
     return args
+
+
+def refuse_unused(p, args, why, *names):
+    """A flag that was given another value than its default, and would change nothing, is an InputError."""
+    for name in names:
+        value, flag = getattr(args, name), name.replace('_', '-')
+        if value != p.get_default(name):
+            raise InputError(f'--{flag}{"" if value is True else f" {value}"} has no effect here: {why}')
 
 
 def compute_dtype(args, device):
@@ -2056,10 +2225,19 @@ def read_prompts(args):
 
 def trainable(model, args, device, dtype):
     """A model whose weights are float32 and computed with in `dtype`; see --dtype and --checkpointing."""
+    set_threads(model, device)
     model.to(device, torch.float32).train().requires_grad_(True)
     model.autocast = None if dtype == torch.float32 else dtype
     model.checkpointing = args.checkpointing
     return model
+
+
+def set_threads(model, device):
+    """On a CPU a small model gets one thread, unless the environment says how many: several gain nothing there, and
+    wait for each other at every operation while another process has their cores."""
+    said = {'OMP_NUM_THREADS', 'MKL_NUM_THREADS'} & set(os.environ)
+    if device.type == 'cpu' and not said and sum(p.numel() for p in model.parameters()) < 10e6:
+        torch.set_num_threads(1)
 
 
 def sample_numbers(args, process, step, micro=0):
@@ -2120,8 +2298,30 @@ class EMA:
         return self.average
 
     def load_state_dict(self, state):
-        for name, value in state.items():
-            self.average[name].copy_(value)
+        for name, value in self.average.items():
+            value.copy_(state[name])
+
+
+def claim_folder(args, process):
+    """A training run's --out, before any model is loaded: rank 0 holds it until its process ends, however it ends. One
+    that holds another run, or in which one is under way, is an InputError."""
+    folder = Path(args.out)
+    state, result = folder / 'state.pt', folder / 'model.safetensors'
+    if process.rank > 0:
+        return
+    if state.exists() and not args.resume:
+        raise InputError(f'{folder} already holds a run: go on with --resume, or give another --out')
+    if result.exists() and not state.exists() and not temporary_name(state).exists():  # this: killed while saving
+        raise InputError(f'{result} is the result of a run whose state.pt is gone: it is not written over; move it '
+                         'away, or give another --out')
+    check_writable(folder)
+    process.lock = open(folder / '.lock', 'w')
+    try:
+        fcntl.flock(process.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(f'another process trains in {folder}: wait for it, or give another --out') from error
+    except OSError:  # a file system without locks
+        pass
 
 
 class Run:
@@ -2141,12 +2341,9 @@ class Run:
         settings = {k: v for k, v in vars(args).items() if k not in self.MAY_CHANGE}
         self.settings = {'stage': stage, 'samples per step': args.batch * args.accum * process.world, **settings}
         if self.state.exists():
-            if not args.resume:
-                raise InputError(f'{self.folder} already holds a run: go on with --resume, or give another --out')
             self.load()
         elif process.rank == 0:
-            check_writable(self.folder)
-            self.log.write_text('')
+            replace_file(self.log, lambda path: path.write_text(''))
         self.bar = tqdm(total=args.steps, initial=self.step, desc=stage, disable=process.rank > 0, mininterval=1)
         process.print(f'{stage}: {args.steps} steps of {self.settings["samples per step"]} samples '
                       f'({args.batch} x {args.accum} accumulated x {process.world} processes), to {self.folder}'
@@ -2155,16 +2352,31 @@ class Run:
     def load(self):
         """Take everything back to the saved step, the log too."""
         saved = read_weights(self.state)[0]
-        for key, value in self.settings.items():
-            if saved['settings'].get(key) != value:
-                raise InputError(f'{self.folder} was begun with {key} = {saved["settings"].get(key)}, not {value}: '
-                                 'resume it with the same flags, or give another --out')
-        for name, part in self.parts.items():
-            part.load_state_dict(saved['parts'][name])
-        self.step = self.saved = saved['step']
+        try:
+            for key, value in self.settings.items():
+                if (old := saved['settings'].get(key)) != value:
+                    raise InputError(f'{self.folder} was begun with {key} = {old}, not {value}: resume it with the same '
+                                     'flags, or give another --out')
+            for name, part in self.parts.items():
+                part.load_state_dict(saved['parts'][name])
+            self.step = self.saved = int(saved['step'])
+        except InputError:
+            raise
+        except Exception as error:  # whatever the file holds instead
+            raise InputError(f'{self.state} does not hold the state of this run ({type(error).__name__}: '
+                             f'{first_line(error)}): give another --out') from error
         if self.process.rank == 0:
-            kept = self.log.read_text().splitlines()[:self.step]  # a line per step; those after it are to come again
+            kept = self.logged()
             replace_file(self.log, lambda path: path.write_text(''.join(line + '\n' for line in kept)))
+
+    def logged(self):
+        """The log's lines up to the saved step, one for each; those after it are to come again."""
+        try:
+            lines = self.log.read_text().splitlines() if self.log.exists() else []
+            return [line for line in lines[:self.step] if json.loads(line)['step'] <= self.step]
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f'{self.log} is not a line of JSON for each step ({first_line(error)}): mend it, or delete '
+                             'it to go on without those steps') from error
 
     def steps(self):
         """The steps to do, from 0 on. While one is under way, self.step is its number from 1 on."""
@@ -2181,17 +2393,20 @@ class Run:
         values = dict(zip(names, self.process.mean(values).tolist()))
         for name, value in values.items():
             if not math.isfinite(value):
-                last = f'the last good state is step {self.saved} in {self.state}'
-                raise InputError(f'{name} is {value} at step {self.step}; '
-                                 f'{last if self.saved else "no step was saved"}; try a lower --lr')
+                raise InputError(f'{name} is {value} at step {self.step}; {self.last_good()}')
         return values
+
+    def last_good(self):
+        """What to do when a run has diverged."""
+        last = f'the last good state is step {self.saved} in {self.state}' if self.saved else 'no step was saved'
+        return f'{last}; try a lower --lr'
 
     def report(self, **metrics):
         """Log the step: a line in metrics.jsonl and on the screen."""
         metrics = {'step': self.step, **metrics, 'seconds': time.perf_counter() - self.began,
                    'peak_gib': peak_memory(self.process.device)}
         if self.process.rank == 0:
-            with open(self.log, 'a') as file:
+            with writing(self.log), open(self.log, 'a') as file:
                 file.write(json.dumps({k: float(f'{v:.6g}') for k, v in metrics.items()}) + '\n')
             text = '  '.join(f'{k} {v:<9.4g}' for k, v in metrics.items() if k != 'step')
             tqdm.write(f'step {self.step:>6}  {text}', file=sys.stdout)
@@ -2203,16 +2418,20 @@ class Run:
 
     def save(self, result, timesteps, **metadata):
         """Write the result, weights for the next stage in model.safetensors, and then all that a resumed run needs: a
-        run killed in between makes the result again."""
+        run killed in between makes the result again. What is not finite is not written."""
         if self.process.rank == 0:
-            save_checkpoint(self.folder / 'model.safetensors', result, stage=self.settings['stage'], step=self.step,
-                            timesteps=format_steps(timesteps, 10), **metadata)
-            if self.args.keep_every and self.step % self.args.keep_every == 0:
-                kept = self.folder / f'model_{self.step:06d}.safetensors'
-                replace_file(kept, lambda path: shutil.copyfile(self.folder / 'model.safetensors', path))
             content = {'step': self.step, 'settings': self.settings,
                        'parts': {name: part.state_dict() for name, part in self.parts.items()}}
-            replace_file(self.state, lambda path: torch.save(content, path))
+            if not all(x.isfinite().all() for x in (*result.values(), *tree_leaves(content)) if torch.is_tensor(x)):
+                raise InputError(f'the weights are not finite after step {self.step}; {self.last_good()}')
+            with replacing(self.state) as temporary:
+                with open(temporary, 'wb') as file:
+                    torch.save(content, file)
+                save_checkpoint(self.folder / 'model.safetensors', result, stage=self.settings['stage'], step=self.step,
+                                timesteps=format_steps(timesteps, 10), **metadata)
+                if self.args.keep_every and self.step % self.args.keep_every == 0:
+                    kept = self.folder / f'model_{self.step:06d}.safetensors'
+                    replace_file(kept, lambda path: shutil.copyfile(self.folder / 'model.safetensors', path))
         self.saved = self.step
         self.process.barrier()
 
@@ -2228,7 +2447,9 @@ class Run:
             rolled = rollout(model, noise, text(prompts[i:i + 1]), steps, chunks, generator=random)
             video = vae.decode(torch.cat([chunk.x0 for chunk in rolled], dim=2))
             frames = to_frames(video[0])
-            replace_file(folder / f'{i}.mp4', lambda path: imageio.mimwrite(path, frames, fps=16, macro_block_size=2))
+            with replacing(folder / f'{i}.mp4') as temporary:
+                imageio.mimwrite(temporary, frames, fps=16, macro_block_size=2)
+                check_video(temporary, len(frames))
             yield prompts[i], video
 
 

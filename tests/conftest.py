@@ -2,6 +2,7 @@
 import json
 import multiprocessing
 import os
+import resource
 import runpy
 import subprocess
 import sys
@@ -73,31 +74,37 @@ def without_gpu(env):
     return {**os.environ, "CUDA_VISIBLE_DEVICES": "", **(env or {})}
 
 
-def be_script(args, environment, out, err):
-    """In the forked process: what `python SCRIPT ARGUMENTS` does, with its output in two files."""
+def be_script(args, environment, out, err, limits, folder):
+    """In the forked process: what `python SCRIPT ARGUMENTS` does in a folder, with its output in two files."""
     for stream, file in ((sys.stdout, out), (sys.stderr, err)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream.fileno())
         stream.reconfigure(line_buffering=True)
     os.environ.clear()
     os.environ.update(environment)
-    os.chdir(ROOT)
+    args[0] = str(ROOT / args[0])
+    os.chdir(folder)
+    for limit, value in limits.items():
+        resource.setrlimit(limit, (value, value))
     sys.argv = args
     sys.path[:0] = [str(Path(args[0]).parent), *filter(None, [environment.get("PYTHONPATH")])]
     runpy.run_path(args[0], run_name="__main__")
 
 
-def start_script(out, err, *args, env=None):
-    """Start a script whose output goes to two files; returns the process."""
-    process = SERVER.Process(target=be_script, args=([str(a) for a in args], without_gpu(env), out, err))
+def start_script(out, err, *args, env=None, limits={}, folder=ROOT):
+    """Start a script whose output goes to two files; returns the process. limits: {resource: what `ulimit` sets}."""
+    process = SERVER.Process(target=be_script, args=([str(a) for a in args], without_gpu(env), out, err, limits, folder))
     process.start()
     return process
 
 
-def run(*args, env=None, timeout=600):
+PATIENCE = 3600  # seconds, after which a script counts as hanging; machines may be busy
+
+
+def run(*args, env=None, timeout=PATIENCE, **kwargs):
     """Run a script; returns the finished process as subprocess.run does."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        process = start_script(out, err, *args, env=env)
+        process = start_script(out, err, *args, env=env, **kwargs)
         process.join(timeout)
         if process.is_alive():
             process.kill()
@@ -105,7 +112,7 @@ def run(*args, env=None, timeout=600):
         return subprocess.CompletedProcess(args, process.exitcode, out.read_text(), err.read_text())
 
 
-def python(*args, env=None, timeout=600):
+def python(*args, env=None, timeout=PATIENCE):
     """The same by a Python of its own."""
     return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, cwd=ROOT, timeout=timeout,
                           env=without_gpu(env))
@@ -122,3 +129,7 @@ def alone_and_under_torchrun(args, one, two):
         alone = side_by_side.submit(run, *args, *one)
         together = torchrun(2, *args, *two)
     return alone.result(), together
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "quick: a minute of tests that start no training")

@@ -146,7 +146,7 @@ def test_two_different_scores_of_one_dimension_are_refused(tmp_path):
     (["table", "nowhere"], "cannot read nowhere"), (["table", "--percentages", *[0.5] * 16], "as the papers print"),
     (["table", "x.json", "--percentages", *[50] * 16], "not both"),
     (["table", "tests"], "no *_eval_results.json in tests"),
-    (["sample", "--", "--frames", 8], "not 1 + 4k"), (["sample", "--samples", 0], "--samples 0 must be 1 to 200"),
+    (["sample", "--", "--frames", 8], "not 1 + 4k"), (["sample", "--samples", 0], "--samples: 0 must be at least 1"),
     (["sample", "--full-info", "LIST", "--dimensions", "niceness"], "--dimensions niceness: unknown"),
     (["sample", "--full-info", "LIST", "--dimensions", "scene"], "no prompt of this suite is for it"),
     (["sample", "--full-info", "nowhere.json"], "cannot read nowhere.json"),
@@ -571,7 +571,7 @@ def test_killed_and_gone_on_with_under_two_ranks(sampled, tmp_path):
     assert all(done[name] == contents(sampled / "videos")[name] for name in finished)  # none is half-written
     before = {name: (tmp_path / "videos" / name).stat().st_mtime_ns for name in finished}
     half = next(name for name in contents(sampled / "videos") if name not in finished)
-    (tmp_path / "videos" / f".{half[:-4]}.part.mp4").write_bytes(b"half")
+    wc.temporary_name(tmp_path / "videos" / half).write_bytes(b"half")
 
     resumed = torchrun(2, *args)
     assert resumed.returncode == 0, resumed.stderr

@@ -124,8 +124,9 @@ def test_a_lora_adapter_on_top_of_a_generator(tmp_path, causal):
     for name, flags in weights.items():
         done = run("generate.py", PROMPT, "--checkpoint", *flags, "--frames", 9, "--out", tmp_path / f"{name}.mp4")
         assert done.returncode == 0, done.stderr
-    plain, folded, lora = (read(tmp_path / f"{name}.mp4") for name in weights)
-    assert (folded == lora).all() and (plain != lora).any()
+    plain, folded, lora = (read(tmp_path / f"{name}.mp4").astype(float) for name in weights)
+    # levels, on average: the same weights elsewhere in memory are rounded otherwise
+    assert abs(folded - lora).mean() < 1 < abs(plain - lora).mean()
 
 
 def test_overlapping_rollouts_of_any_length(tmp_path, causal):
@@ -152,19 +153,19 @@ def test_two_processes_share_the_prompts_and_write_the_same_files(tmp_path, caus
 
 
 BAD = [
-    ([PROMPT, "--checkpoint", "CAUSAL", "--overlap", 4], "--overlap 4 must be a multiple of the chunk of 3"),
-    ([PROMPT, "--checkpoint", "CAUSAL", "--overlap", 3, "--window", 9], "--overlap goes with neither --init nor"),
+    ([PROMPT, "--checkpoint", "CAUSAL", "--frames", 93, "--overlap", 4], "--overlap 4 must be a multiple of the chunk of 3"),
+    ([PROMPT, "--checkpoint", "CAUSAL", "--frames", 93, "--overlap", 3, "--window", 9], "--overlap goes with neither --init nor"),
     ([PROMPT, "--model", "no/such/model/here"], "no model folder"),
     ([PROMPT, "--model", "README.md"], "no model folder"),
     ([PROMPT, "--checkpoint", "nowhere.pt"], "no checkpoint file"),
     ([PROMPT, "--checkpoint", "README.md"], "not a weight file"),
     ([PROMPT, "--checkpoint", "tests/tiny/vae/diffusion_pytorch_model.safetensors"], "is a VAE, not generator weights"),
     ([PROMPT, "--checkpoint", "tests/tiny/reward_model/ImageReward.safetensors"], "is an ImageReward model"),
-    ([PROMPT, "--frames", 0], "--frames 0 is not 1 + 4k"),
-    ([PROMPT, "--fps", 0], "--fps 0 must be at least 1"),
-    ([PROMPT, "--frames", 82], "--frames 82 is not 1 + 4k: take 81 or 85"),
-    ([PROMPT, "--width", 65], "multiples of 16"),
-    ([PROMPT, "--chunk", 0], "--chunk 0 must be at least 1"),
+    ([PROMPT, "--frames", 0], "--frames: 0 must be at least 1"),
+    ([PROMPT, "--fps", 0], "--fps: 0 must be at least 1"),
+    ([PROMPT, "--frames", 82], "--frames: 82 is not 1 + 4k: take 81 or 85"),
+    ([PROMPT, "--width", 65], "--width: 65 is not 16 + 16k: take 64 or 80"),
+    ([PROMPT, "--chunk", 0], "--chunk: 0 must be at least 1"),
     ([PROMPT, "--timesteps", 500, 900], "must fall"),
     ([PROMPT, "--window", 2, "--checkpoint", "CAUSAL"], "--window 2 is smaller than a chunk of 3"),
     ([PROMPT, "--sink", 2, "--checkpoint", "CAUSAL"], "needs a --window"),
@@ -184,9 +185,10 @@ BAD = [
     ([PROMPT, "--checkpoint", "CAUSAL", "--guidance", 7], "--guidance 7.0 has no effect here: a few-step generator is"),
     ([PROMPT, "--bidirectional", "--chunk", 5], "--chunk 5 has no effect here: all frames are made at once"),
     (["--jobs", "jobs.jsonl", "--seed", 5], "--seed 5 has no effect here: each line of --jobs has its own"),
-    ([PROMPT, "--seed", 1 << 63], "a seed must be a whole number of at most 63 bits"),
-    ([PROMPT, "--timesteps", "nan"], "--timesteps nan must fall"),
-    ([PROMPT, "--bidirectional", "--guidance", "nan"], "--guidance nan is no number"),
+    ([PROMPT, "--seed", 1 << 63], "--seed: 9223372036854775808 must be at most 9223372036854775807"),
+    ([PROMPT, PROMPT, "--seed", (1 << 63) - 1], "a seed must be a whole number of at most 63 bits"),
+    ([PROMPT, "--timesteps", "nan"], "--timesteps: nan is no number"),
+    ([PROMPT, "--bidirectional", "--guidance", "nan"], "--guidance: nan is no number"),
     ([PROMPT, "--frames", 21, "--window", 12, "--sink", 6, "--checkpoint", "CAUSAL"],
      "--sink 6 must be less than the 6"),
     ([PROMPT, "--frames", 4097, "--checkpoint", "CAUSAL"], "past the RoPE table"),

@@ -545,9 +545,10 @@ def test_sampling_is_resumed_without_a_lost_or_doubled_trajectory(made, tmp_path
     files = sorted(out.glob("*"))
     assert [f.name for f in files] == [f"trajectories_{n:06d}.safetensors" for n in (0, 2, 4)]
     files[1].unlink()  # as if killed before this one was written
-    (out / ".trajectories_000002.1.safetensors").write_bytes(b"half")
+    wc.temporary_name(files[1]).write_bytes(b"half")
     done = run(*SAMPLE, "--out", out)
     assert done.returncode == 0 and "2 to be made" in done.stdout, done.stderr
+    assert sorted(out.iterdir()) == files
     data, reference = wc.Trajectories(out), wc.Trajectories(made / "trajectories")
     assert len(data) == 6
     for i in range(6):  # two processes = one, resumed = whole
@@ -611,7 +612,7 @@ def test_frame_wise_and_first_steps_of_the_whole_path(tmp_path):
 
 BAD = [
     (["reward_forcing.py", "--model", "Wan-AI/x"], "no --init: reward forcing starts from a causal few-step generator"),
-    (["reward_forcing.py", "--init", "{ode}", "--decode-past", 0], "--decode-past 0 must be at least 1"),
+    (["reward_forcing.py", "--init", "{ode}", "--decode-past", 0], "--decode-past: 0 must be at least 1"),
     (["reward_forcing.py", "--init", "{student}"], "kind = bidirectional, but kind = causal is needed here"),
     (["distill_dmd.py", "--model", "Wan-AI/x", "--student", "causal"],
      "no --init: a causal student starts from a causal few-step one"),
@@ -623,24 +624,24 @@ BAD = [
     (["distill_dmd.py", "--student", "causal", "--history", "teacher-forcing", "--init", "{ode}", "--data", "{data}"],
      "holds latents (16, 4, 4, 4), but the flags ask for (16, 15, 8, 8)"),
     (["cm_grpo.py", "--model", "Wan-AI/x"], "no --init: CM-GRPO starts from a causal few-step generator"),
-    (["cm_grpo.py", "--init", "{ode}", "--group", 1], "--group 1 must be at least 2"),
-    (["cm_grpo.py", "--init", "{ode}", "--policy", "em", "--em-noise", 0], "--em-noise 0.0 must be positive"),
+    (["cm_grpo.py", "--init", "{ode}", "--group", 1], "--group: 1 must be at least 2"),
+    (["cm_grpo.py", "--init", "{ode}", "--policy", "em", "--em-noise", 0], "--em-noise: 0 must be more than 0"),
     (["cm_grpo.py", "--init", "{ode}", "--group", 3, "--prompts-per-step", 3, "--batch", 2], "do not divide into"),
     (["cm_grpo.py", "--init", "{ode}", "--rewards", "beauty=1"], "--rewards beauty cannot be loaded"),
-    (["cm_grpo.py", "--init", "{ode}", "--rewards", "motion=much"], "much is not a number"),
+    (["cm_grpo.py", "--init", "{ode}", "--rewards", "motion=much"], "--rewards: much is no number"),
     (["cm_grpo.py", "--init", "{ode}", "--rewards", "aesthetic=1"], "the reward aesthetic needs --aesthetic-head"),
     (["ode_init.py", "train", "--data", "{data}", "--init", "{ode}"], "but kind = bidirectional is needed here"),
     (["reward_forcing.py", "--init", "{ode}", "--reward", "nothing:here"], "--reward nothing:here cannot be loaded"),
     (["reward_forcing.py", "--init", "{ode}", "--reward-model", "{empty}"], "holds neither ImageReward.pt nor"),
-    (["distill_dmd.py", "--frames", 12], "--frames 12 is not 1 + 4k: take 13"),
-    (["distill_dmd.py", "--height", 60], "must be positive multiples of 16"),
-    (["distill_dmd.py", "--batch", 0], "--batch 0 must be at least 1"),
+    (["distill_dmd.py", "--frames", 12], "--frames: 12 is not 1 + 4k: take 9 or 13"),
+    (["distill_dmd.py", "--height", 60], "--height: 60 is not 16 + 16k: take 48 or 64"),
+    (["distill_dmd.py", "--batch", 0], "--batch: 0 must be at least 1"),
     (["ode_init.py", "train", "--keep-every", 75], "--keep-every 75 must be a multiple of --save-every 50"),
     (["distill_dmd.py", "--prompts", "{empty}/none.txt"], "none.txt"),
     (["distill_dmd.py", "--chunk", 1], "--chunk 1 needs --student causal"),
     (["distill_dmd.py", "--data", "{data}"], "has no effect: history bidirectional trains on the student's own"),
     (["cm_grpo.py", "--init", "{ode}", "--accum", 3], "--accum 3 follows from --prompts-per-step, --group and --batch"),
-    (["cm_grpo.py", "--init", "{ode}", "--aesthetic-head", "x.pth"], "no effect without aesthetic=WEIGHT among"),
+    (["cm_grpo.py", "--init", "{ode}", "--aesthetic-head", "x.pth"], "has no effect here: aesthetic=WEIGHT is not among --rewards"),
     (["cm_grpo.py", "--init", "{one_step}"], "samples in one step: CM-GRPO needs at least two"),
     (["cm_grpo.py", "--init", "{adapter}"], "with kind = a LoRA adapter without its generator, but kind = causal is"),
     (["distill_dmd.py", "--out", "{run}"], "already holds a run: go on with --resume"),
@@ -652,8 +653,8 @@ BAD = [
     (["ode_init.py", "train", "--data", "{data}", "--init", "{other}"], "samples at 1000, 900, but"),
     (["distill_dmd.py", "--out", "/dev/null/x"], "cannot write to /dev/null/x"),
     (["distill_dmd.py", "--history", "raven"], "--history raven needs --student causal"),
-    (["distill_dmd.py", "--shift", 0], "--shift 0.0 must be positive"),
-    (["reward_forcing.py", "--init", "{ode}", "--seed", 1 << 24], "--seed 16777216 must be from 0 to 16777215"),
+    (["distill_dmd.py", "--shift", 0], "--shift: 0 must be more than 0"),
+    (["reward_forcing.py", "--init", "{ode}", "--seed", 1 << 24], "--seed: 16777216 must be at most 16777215"),
 ]
 
 
