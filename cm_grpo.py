@@ -11,8 +11,8 @@ One step:
      one transition is drawn at random (never the last one, which is not random); one interleaved forward on the
      rollout's own states predicts x0 again, with gradient
   4. loss = w |x0 - sg(x0 + A / 2 * d log pi / d x0)|^2, whose gradient at x0 is -w A d log pi / d x0
-On-policy: one update per rollout, so the probability ratio is 1 and there is nothing to clip. `--updates` > 1 (not in
-the paper) makes several, with PPO's clipped ratio. The surrogate counts 100 times beside `--kl`, as in the public code.
+On-policy: one update per rollout, so the probability ratio is 1 and there is nothing to clip. The surrogate counts 100
+times beside `--kl`, as in the public code.
 
   paper       code          paper       code           paper      code
   x_theta     x0            z_s         z_next         alpha_s    slope
@@ -21,7 +21,9 @@ the paper) makes several, with PPO's clipped ratio. The surrogate counts 100 tim
 Differs from the paper: text alignment, motion and smoothness are measured by smaller means (see Rewards), since the
 paper's judges (Qwen2-VL, RAFT, AMT) need other packages; bring them with module:function. ImageReward stands where its
 imaging quality (MUSIQ) does; the aesthetic head counts once it is given (--aesthetic-head, --rewards ... aesthetic=1).
-One transition for all rollouts of a step (public code: one for each).
+One transition for all rollouts of a step (public code: one for each). The public code normalises each reward over the 4
+rollouts of a rank and only their sum over the group, here all is over the group (advantages correlate 0.91); its KL
+reference is the bidirectional base model, here the start; its Euler-Maruyama sampler adds noise at the last step too.
 Whatever the kernel it was trained with, the generator is then used with the consistency sampler, as any other.
 
     python cm_grpo.py --init runs/raven/model.safetensors --out runs/grpo                    # tiny model, CPU, minutes
@@ -39,12 +41,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from wan_causal import (EMA, Help, InputError, Parser, Run, aesthetic_head, checked_reward, chunk_sizes, chunk_weights,
-                        claim_folder, clip_preprocess, compute_dtype, consistency_kernel, find_folder, fold_lora,
-                        format_steps, gaussian, interleaved_x0, latent_shape, load_checkpoint, load_clip, load_dit,
-                        load_function, load_image_reward, load_text_encoder, load_vae, number, parse_stage, processes,
-                        read_prompts, recorded_rollout, refuse_unused, replace_file, require, run_script,
-                        sample_generators, sample_numbers, save_checkpoint, saved_steps, shuffled, trainable,
-                        training_flags, v_from_x0, warped_steps, whole)
+                        claim_folder, clip_preprocess, compute_dtype, consistency_kernel, find_folder, format_steps,
+                        gaussian, interleaved_x0, latent_shape, load_clip, load_function, load_generator,
+                        load_image_reward, load_text_encoder, load_vae, merge_lora, number, parse_stage, processes,
+                        read_prompts, recorded_rollout, refuse_unused, replace_file, run_script, sample_generators,
+                        sample_numbers, save_checkpoint, shuffled, trainable, training_flags, v_from_x0, whole)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -66,12 +67,6 @@ def euler_maruyama(noise):
     return kernel
 
 
-def log_prob(z, mean, std):
-    """Mean over a sample's elements of log N(z; mean, std^2): (B, C, F, H, W) -> (B,)."""
-    each = -0.5 * ((z - mean) / std) ** 2 - math.log(std) - 0.5 * math.log(2 * math.pi)
-    return each.mean(dim=(1, 2, 3, 4))
-
-
 def surrogate(x0, z_next, mean, std, slope, advantage, weights):
     """Mean w |x0 - sg(x0 + A / 2 * d log pi / d x0)|^2: its gradient at x0 is -w A (d log pi / d x0) / numel.
 
@@ -83,31 +78,30 @@ def surrogate(x0, z_next, mean, std, slope, advantage, weights):
     return ((x0 - target).square().mean(dim=(0, 1, 3, 4)) * weights).mean()
 
 
-def clipped_advantage(advantage, ratio, clip):
-    """What PPO leaves of the advantages (B,) at probability ratios (B,): the gradient of min(ratio A, clip(ratio) A) is
-    ratio A d log pi, or 0 where it is clipped. All 1 and A on-policy.
+def kl_to_reference(x0, x0_reference, std, slope, weights):
+    """KL of two Gaussian kernels with the same std, mean w slope^2 |x0 - x0_ref|^2 / (2 std^2) over the elements.
 
-    The ratios are of mean log-probabilities per element (Flow-GRPO's habit), and so lie close to 1.
+    x0, x0_reference (B, C, F, H, W); weights (F,), those of the policy's loss, as in the public code.
     """
-    return torch.where((ratio - 1) * advantage.sign() > clip, 0.0, ratio * advantage)
-
-
-def kl_to_reference(x0, x0_reference, std, slope):
-    """KL of two Gaussian kernels with the same std, mean per element: slope^2 |x0 - x0_ref|^2 / (2 std^2)."""
-    return slope ** 2 * (x0 - x0_reference).square().mean() / (2 * std ** 2)
+    square = (x0 - x0_reference).square().mean(dim=(0, 1, 3, 4))  # (F,)
+    return slope ** 2 * (square * weights).mean() / (2 * std ** 2)
 
 
 def normalise(x):
-    """Zero mean and unit standard deviation within each row (P, G); a row without spread becomes zeros."""
-    centred = x - x.mean(dim=1, keepdim=True)
+    """Zero mean and unit standard deviation within each row (P, G).
+
+    As the public code has it: a standard deviation below 1e-4 counts as 1e-4, so that a reward with hardly any spread
+    hardly counts. In float64: a row of equal rewards becomes zeros, not the noise of its rounding.
+    """
+    centred = x.double() - x.double().mean(dim=1, keepdim=True)
     std = centred.square().mean(dim=1, keepdim=True).sqrt()
-    return torch.where(std > 1e-6 * (1 + x.abs().mean(dim=1, keepdim=True)), centred / std.clamp(min=1e-12), 0.0)
+    return centred / (std.clamp(min=1e-4) + 1e-5)
 
 
 def group_advantages(rewards, weights, clip=5.0):
     """rewards (P prompts, G, kinds), weights (kinds,) -> advantages (P, G), clipped to +-clip."""
     total = sum(w * normalise(rewards[:, :, i]) for i, w in enumerate(weights))
-    return normalise(total).clamp(-clip, clip)
+    return normalise(total).clamp(-clip, clip).float()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -232,13 +226,13 @@ def save_adapter(folder, average, args, **metadata):
     replace_file(folder / 'adapter_config.json', lambda path: path.write_text(json.dumps(config, indent=1) + '\n'))
 
 
-def folded(net, average, scale):
-    """Plain DiT weights: the base with the averaged LoRA folded in, on the CPU, or the averaged weights themselves."""
+def merged(net, average, alpha):
+    """Plain DiT weights: the base with the averaged LoRA merged in, on the CPU, or the averaged weights themselves."""
     if not any('.lora_' in name for name in average):
         return average
     average = {name: value.cpu() for name, value in average.items()}
     base = {k.replace('.base_layer', ''): v.cpu() for k, v in net.state_dict().items() if '.lora_' not in k}
-    return fold_lora({**base, **average}, base, scale)
+    return merge_lora({**base, **average}, base, {'lora_alpha': alpha})
 
 
 @contextlib.contextmanager
@@ -256,7 +250,7 @@ def without_lora(net):
 
 
 @torch.no_grad()
-def start_x0(net, frozen, *inputs):
+def reference_x0(net, frozen, *inputs):
     """The prediction of the generator as it was at the start: `frozen`, or the model without its LoRA."""
     if frozen is not None:
         return interleaved_x0(frozen, *inputs)
@@ -277,8 +271,6 @@ def parse_args(argv=None):
     g.add_argument('--group', type=whole(2), default=32, help='rollouts per prompt')
     g.add_argument('--prompts-per-step', type=whole(1), default=8, help='prompts per step; --accum follows from it')
     g.add_argument('--kl', type=number(0), default=0.0, help='weight of the KL to the start; 0: off')
-    g.add_argument('--updates', type=whole(1), default=1, help='updates per rollout; more than 1 clips the ratio')
-    g.add_argument('--clip', type=number(above=0), default=1e-3, help='of the ratio, when --updates > 1')
     g.add_argument('--chunk-weight-shift', type=number(), default=-1.0, help='loss weights, see distill_dmd.py')
     g.add_argument('--chunk', type=whole(1), help='latent frames per chunk; 1 is frame-wise (default: as --init)')
     g.add_argument('--lora-rank', type=whole(0), default=256, help='0: train all weights')
@@ -304,7 +296,6 @@ def parse_args(argv=None):
             (not names & {'aesthetic', 'clip'}, 'clip=WEIGHT is not among --rewards', 'clip_model'),
             (not names & {'imagereward'}, 'imagereward=WEIGHT is not among --rewards', 'reward_model'),
             (args.policy == 'cm', 'it is that of --policy em', 'em_noise'),
-            (args.updates == 1, 'with one update per rollout the ratio is 1', 'clip'),
             (args.lora_rank == 0, '--lora-rank 0 trains all weights', 'lora_alpha')):
         if without:
             refuse_unused(p, args, why, *flags)
@@ -345,15 +336,13 @@ def train(args, process):
     folder = find_folder(args.model)
     text, vae = load_text_encoder(folder, dtype, device, args.offload_text), load_vae(folder, dtype, device)
     rewards, reward_weights = load_rewards(args, device)
-    net = load_dit(folder)
-    metadata = load_checkpoint(net, args.init)
-    require(metadata, args.init, kind='causal')
+    net, steps, chunk, shift = load_generator(folder, args.init, 'causal')
+    chunk = args.chunk or chunk
     net = trainable(net, args, device, dtype)
     frozen = None if args.lora_rank or not args.kl else copy.deepcopy(net).requires_grad_(False)  # the start, for the KL
     if args.lora_rank:
         add_lora(net, args.lora_rank, args.lora_alpha, args.seed)
     generator = process.wrap(net)
-    steps, chunk = saved_steps(metadata) or warped_steps(), args.chunk or int(metadata.get('chunk', 3))
     if len(steps) < 2:
         raise InputError(f'{args.init} samples in one step: CM-GRPO needs at least two, as the last one is not random')
     shape = latent_shape(args, net.config)
@@ -398,32 +387,25 @@ def train(args, process):
 
         # policy
         t = torch.full((args.batch, shape[1]), steps[k], device=device)
-        old = [None] * args.accum  # log-probabilities before the first update
-        for update in range(args.updates):
-            kl_sum, clipped = 0, 0
-            for micro, (context, x_t, z_next, endpoints) in enumerate(batches):
-                with process.sync(generator, micro == args.accum - 1):
-                    x0 = interleaved_x0(generator, x_t, t, endpoints, context, chunks)
-                    mean, std, slope = kernel(x_t, x0, steps[k], steps[k + 1])
-                    now = log_prob(z_next, mean.detach(), std)
-                    old[micro] = now if update == 0 else old[micro]
-                    A = clipped_advantage(mine[micro], (now - old[micro]).exp(), args.clip)
-                    loss = 100 * surrogate(x0, z_next, mean, std, slope, A, weights)
-                    if args.kl:
-                        start = start_x0(net, frozen, x_t, t, endpoints, context, chunks)
-                        kl = kl_to_reference(x0, start, std, slope)
-                        loss, kl_sum = loss + args.kl * kl, kl_sum + kl.item() / args.accum
-                    (loss / args.accum).backward()
-                clipped += ((A == 0) & (mine[micro] != 0)).float().mean().item() / args.accum
-            norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip)
-            metrics = run.check(grad_norm=norm, motion=motion, **({'kl': kl_sum} if args.kl else {}),
-                                **({'clipped': clipped} if args.updates > 1 else {}))
-            optimizer.step()
-            process.forget_gradients(optimizer)
+        kl_sum = 0
+        for micro, (context, x_t, z_next, endpoints) in enumerate(batches):
+            with process.sync(generator, micro == args.accum - 1):
+                x0 = interleaved_x0(generator, x_t, t, endpoints, context, chunks)
+                mean, std, slope = kernel(x_t, x0, steps[k], steps[k + 1])
+                loss = 100 * surrogate(x0, z_next, mean, std, slope, mine[micro], weights)
+                if args.kl:
+                    reference = reference_x0(net, frozen, x_t, t, endpoints, context, chunks)
+                    kl = kl_to_reference(x0, reference, std, slope, weights)
+                    loss, kl_sum = loss + args.kl * kl, kl_sum + kl.item() / args.accum
+                (loss / args.accum).backward()
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip)
+        metrics = run.check(grad_norm=norm, motion=motion, **({'kl': kl_sum} if args.kl else {}))
+        optimizer.step()
+        process.forget_gradients(optimizer)
         ema.update(net, step)
 
         # log, sample, save
-        dead = (advantage.abs().amax(dim=1) == 0).float().mean().item()  # groups without any spread teach nothing
+        dead = (advantage.abs().amax(dim=1) < 1e-6).float().mean().item()  # groups without any spread teach nothing
         run.report(**named, no_spread=dead, transition=k, **metrics)
         if process.rank == 0:
             warn_when_still(run.log, args.motion_alarm)
@@ -434,11 +416,10 @@ def train(args, process):
         if run.due(args.save_every):
             result = None  # rank 0 writes
             if process.rank == 0:
-                result = folded(net, ema.average, args.lora_alpha / max(1, args.lora_rank))
+                result = merged(net, ema.average, args.lora_alpha)
                 if args.lora_rank:
                     save_adapter(run.folder / 'lora', ema.average, args, timesteps=format_steps(steps, 10), chunk=chunk)
-            run.save(result, steps, kind='causal', chunk=chunk, config=net.config,
-                     shift=metadata.get('shift', 5.0))
+            run.save(result, steps, kind='causal', chunk=chunk, shift=shift, config=net.config)
 
 
 if __name__ == '__main__':

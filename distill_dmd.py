@@ -42,11 +42,10 @@ import torch
 from wan_causal import (EMA, FRAMES, NEGATIVE_PROMPT, Help, InputError, Parser, Run, Trajectories, add_noise,
                         block_causal, chunk_sizes, chunk_weights, claim_folder, compute_dtype, draw_per_chunk,
                         find_folder, format_steps, frame_reward, gaussian, guided_velocity, interleaved_x0,
-                        latent_frames, latent_motion, latent_shape, load_checkpoint, load_dit, load_image_reward,
+                        latent_frames, latent_motion, latent_shape, load_dit, load_generator, load_image_reward,
                         load_text_encoder, load_vae, number, parse_known, parse_stage, processes, read_prompts,
-                        recorded_rollout, refuse_unused, require, reward_gradient, rollout, run_script,
-                        sample_generators, sample_numbers, saved_steps, shift_sigma, shuffled, trainable,
-                        training_flags, warped_steps, whole, x0_from_v)
+                        recorded_rollout, refuse_unused, reward_gradient, rollout, run_script, sample_generators,
+                        sample_numbers, shift_sigma, shuffled, trainable, training_flags, whole, x0_from_v)
 
 # The settings of the papers, as far as they differ: the flags' defaults for each history.
 # Guidance in the usual formula: CausVid's 3.5 and Self Forcing's 3.0 multiply (cond - uncond) on top of cond.
@@ -257,17 +256,15 @@ def train(args, process):
     text, vae = load_text_encoder(folder, dtype, device, args.offload_text), load_vae(folder, dtype, device)
     vae.decoder.checkpointing = args.checkpointing
     reward = frame_reward(load_image_reward(args.reward_model, device)) if args.reward_weight else None
-    net, critic_net = (trainable(load_dit(folder), args, device, dtype) for _ in range(2))
-    metadata = load_checkpoint(net, args.init) if args.init else {}
-    require(metadata, args.init, kind=args.student)
+    net, steps, chunk, shift = load_generator(folder, args.init, args.student, args.shift)
+    net, critic_net = (trainable(model, args, device, dtype) for model in (net, load_dit(folder)))
     teacher = load_dit(args.teacher or folder, dtype, device).eval().requires_grad_(False)  # frozen
     generator, critic = process.wrap(net), process.wrap(critic_net)
     negative = text([args.negative] * args.batch).float()
 
     # --- the video and its chunks
     C, F, H, W = shape = latent_shape(args, net.config)
-    steps = saved_steps(metadata) or warped_steps(shift=args.shift)
-    chunk = (args.chunk or int(metadata.get('chunk', 3))) if causal else F
+    chunk = args.chunk or chunk if causal else F
     rolled = latent_frames(args.rollout_frames or args.frames)
     chunks = chunk_sizes(rolled, chunk)
     if (rolled - F) % chunk:
@@ -357,8 +354,8 @@ def train(args, process):
                 for _ in run.samples(net, vae, text, held_out, shape, steps, chunk_sizes(F, chunk)):
                     pass
         if run.due(args.save_every):
-            run.save(ema.average, steps, kind=args.student, history=args.history, chunk=chunk, config=net.config,
-                     shift=metadata.get('shift', args.shift))
+            run.save(ema.average, steps, kind=args.student, history=args.history, chunk=chunk, shift=shift,
+                     config=net.config)
 
 
 if __name__ == '__main__':

@@ -271,12 +271,12 @@ def native_scorers(dimensions, args, device):
     return {name: scorers[name] for name in dimensions if name in scorers}
 
 
-def tiny_scorers(dimensions, args):
-    """The same from tests/tiny_world.py, which lies beside the tiny model's folder; one look gives all dimensions."""
-    file = Path(args.model).resolve().parent / 'tiny_world.py'
+def tiny_scorers(dimensions):
+    """The same from tests/tiny_world.py; one look gives all dimensions."""
+    file = Path(__file__).resolve().parent / 'tests/tiny_world.py'  # no other: it is run
     if not file.is_file():
-        raise InputError(f'no {file}: the tiny captions are scored by the tiny world\'s own measurements, which lie '
-                         'beside the tiny model\'s folder; give that folder with --model')
+        raise InputError(f'no {file}: the tiny captions are scored by the tiny world\'s own measurements, which come '
+                         'with this project')
     spec = importlib.util.spec_from_file_location('tiny_world', file)
     world = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(world)
@@ -318,7 +318,6 @@ def score_flags(p):
     p.add_argument('--clip', default='openai/clip-vit-base-patch32', help='CLIP ViT-B/32')
     p.add_argument('--clip-large', default='openai/clip-vit-large-patch14', help='CLIP ViT-L/14')
     p.add_argument('--aesthetic-head', metavar='FILE', help='LAION\'s sa_0_4_vit_l_14_linear.pth')
-    p.add_argument('--model', default=tiny_model(), help='tiny captions: the model whose world measures them')
     p.add_argument('--vbench-python', metavar='FILE', help='Python of an environment with VBench, for the other ones')
     p.add_argument('--vbench-gpus', type=whole(1), default=1, help='GPUs that VBench uses')
     p.add_argument('--device', help='cpu or cuda (default: cuda if there is one)')
@@ -448,7 +447,7 @@ def score(args, process, entries, dimensions):
 
     # --- models
     tiny = any(name in TINY for name in here)
-    scorers = {**(tiny_scorers(here, args) if tiny else {}), **native_scorers(here, args, process.device)}
+    scorers = {**(tiny_scorers(here) if tiny else {}), **native_scorers(here, args, process.device)}
 
     # --- loop: each video is read once
     of_video = {}

@@ -23,15 +23,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import imageio
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from wan_causal import (MAX_POSITION, NEGATIVE_PROMPT, PIXELS, Help, InputError, Parser, check_video, check_writable,
-                        chunk_sizes, compute_dtype, find_folder, first_line, format_steps, frames_in,
-                        gaussian, latent_frames, load_checkpoint, load_dit, load_text_encoder, load_vae, machine_flags,
+                        chunk_sizes, compute_dtype, find_folder, first_line, format_steps, frames_in, gaussian,
+                        latent_frames, load_checkpoint, load_dit, load_text_encoder, load_vae, machine_flags,
                         model_defaults, number, ode_trajectory, parse_stage, peak_memory, processes, read_lines,
-                        refuse_unused, replacing, require, rollout, rope_table, run_script, saved_steps, seeded, set_threads,
-                        sigma_schedule, tiny_model, to_frames, warped_steps, whole, writing)
+                        refuse_unused, replacing, require, rollout, rope_table, run_script, saved_number, saved_steps,
+                        seeded, set_threads, sigma_schedule, tiny_model, to_frames, warped_steps, whole, writing)
 
 
 def parse_args(argv=None):
@@ -105,6 +106,8 @@ def check(args):
         args.unused(f'{args.frames} frames are one segment of {args.segment}', 'overlap')
     if args.bidirectional:
         args.unused('all frames are made at once', 'chunk', 'first_chunk')
+    if args.init:
+        args.unused('--init holds the first frames, and the chunks after it are whole ones', 'first_chunk')
     if args.jobs:
         args.unused('each line of --jobs has its own', 'seed', 'out')
     if not args.weights:
@@ -159,19 +162,36 @@ def read_frames(file, height, width, limit):
     if not Path(file).is_file():
         raise InputError(f'no file {file} to start from')
     try:
-        try:
-            imageio.v3.improps(file, plugin='pillow')
-            pictures = imageio.v3.imiter(file, plugin='pillow', mode='RGB', rotate=True)
-            if Path(file).suffix.lower() in ('.jpg', '.jpeg'):  # whose second picture is a phone's brightness map
-                pictures = itertools.islice(pictures, 1)
-        except OSError:  # no image
-            pictures = imageio.v3.imiter(file)
-        frames = [cover(picture, height, width) for picture in itertools.islice(pictures, limit)]
+        frames = [cover(picture, height, width) for picture in itertools.islice(pictures(file), limit)]
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f'{file} cannot be read as an image or a video') from error
     if len(frames) == limit:
         raise InputError(f'--init {file} already has {limit} frames or more: --frames {limit} must be more')
     return torch.stack(frames[(len(frames) - 1) % 4:], dim=1).unsqueeze(0)
+
+
+def pictures(file):
+    """The pictures of an image, or the frames of a video, in turn: (H, W, 3) bytes. What the file holds decides, not its
+    name. Grey of 16 bits is scaled to 8; what is transparent lies on white."""
+    try:
+        mode = imageio.v3.immeta(file, plugin='pillow')['mode']
+    except OSError:  # no image
+        yield from imageio.v3.imiter(file)
+        return
+    if mode.startswith(('I', 'F')):
+        grey = next(imageio.v3.imiter(file, plugin='pillow', rotate=True))
+        if mode == 'F' or grey.min() < 0 or grey.max() > 65535:
+            raise InputError(f'{file} holds numbers that are no 8 or 16 bits per pixel: save it as an ordinary PNG')
+        yield np.repeat((grey.astype(np.float32) / 257).round().astype(np.uint8)[..., None], 3, axis=2)
+        return
+    with open(file, 'rb') as start:
+        jpeg = start.read(2) == b'\xff\xd8'  # whose second picture is a phone's brightness map
+    for picture in itertools.islice(imageio.v3.imiter(file, plugin='pillow', mode='RGBA', rotate=True),
+                                    1 if jpeg else None):
+        alpha = picture[..., 3:] / 255
+        yield (picture[..., :3] * alpha + 255 * (1 - alpha)).round().astype(np.uint8)
 
 
 def cover(picture, height, width):
@@ -277,7 +297,10 @@ def decoded(clock, vae, steps, kept=None):
     while (latents := clock.measure('DiT', next, steps, None)) is not None:
         if kept is not None:
             kept.append(latents)
-        yield clock.measure('decoder', vae.decode, latents, cache, at_once=3)[0]
+        video = clock.measure('decoder', vae.decode, latents, cache, at_once=3)[0]
+        if not latents.isfinite().all():  # asked here, when the device has been given all its work
+            raise InputError('the latents are not finite: the weights are damaged, or --dtype float32 is needed')
+        yield video
 
 
 def overlapping(clock, vae, args, rolled):
@@ -307,7 +330,7 @@ def overlapping(clock, vae, args, rolled):
 def latent_chunks(model, args, context, negative, init, frames, generator):
     """Yield clean latents (1, C, f, H/8, W/8) of `frames` video frames in order, as soon as they exist, init first."""
     new = latent_frames(frames) - (0 if init is None else init.shape[2])
-    chunks = [new] if args.bidirectional else chunk_sizes(new, args.chunk, args.first_chunk)
+    chunks = [new] if args.bidirectional else chunk_sizes(new, args.chunk, None if init is not None else args.first_chunk)
     shape = (1, model.config.in_dim, new, args.height // 8, args.width // 8)
     noise = gaussian(shape, generator, generator.device)
     if args.bidirectional and not args.timesteps:
@@ -388,7 +411,7 @@ def main():
         text = load_text_encoder(folder, dtype, process.device, args.offload_text)
 
         args.timesteps = args.timesteps or saved_steps(metadata) or (None if args.bidirectional else warped_steps())
-        args.chunk = args.chunk or int(metadata.get('chunk', 3))
+        args.chunk = args.chunk or saved_number(metadata, 'chunk', 3, int)
         init = None if given is None else vae.encode(given.to(process.device))
         new = latent_frames(args.frames) - (0 if init is None else init.shape[2])
         widest = max(chunk_sizes(new, args.chunk, args.first_chunk))

@@ -30,10 +30,9 @@ import torch
 
 from wan_causal import (EMA, Help, InputError, Parser, Run, block_causal, chunk_sizes, claim_folder, compute_dtype,
                         find_folder, format_steps, frame_reward, gaussian, latent_frame, latent_motion, latent_shape,
-                        load_checkpoint, load_dit, load_function, load_image_reward, load_text_encoder, load_vae,
-                        parse_stage, processes, read_prompts, refuse_unused, require, reward_gradient, rollout,
-                        run_script, sample_generators, sample_numbers, saved_steps, shuffled, trainable,
-                        training_flags, warped_steps, whole)
+                        load_function, load_generator, load_image_reward, load_text_encoder, load_vae, parse_stage,
+                        processes, read_prompts, refuse_unused, reward_gradient, rollout, run_script,
+                        sample_generators, sample_numbers, shuffled, trainable, training_flags, whole)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -94,11 +93,9 @@ def train(args, process):
     text, vae = load_text_encoder(folder, dtype, device, args.offload_text), load_vae(folder, dtype, device)
     reward = load_reward(args, device)
     vae.decoder.checkpointing = args.checkpointing
-    net = trainable(load_dit(folder), args, device, dtype)
-    metadata = load_checkpoint(net, args.init)
-    require(metadata, args.init, kind='causal')
-    generator = process.wrap(net)
-    steps, chunk = saved_steps(metadata) or warped_steps(), args.chunk or int(metadata.get('chunk', 3))
+    net, steps, chunk, shift = load_generator(folder, args.init, 'causal')
+    generator = process.wrap(trainable(net, args, device, dtype))
+    chunk = args.chunk or chunk
     shape = latent_shape(args, net.config)
     chunks = chunk_sizes(shape[1], chunk)
     layout = block_causal(chunks)
@@ -153,8 +150,7 @@ def train(args, process):
             metrics |= {'held_out': (sums[0] / sums[2]).item(), 'held_out_motion': (sums[1] / sums[2]).item()}
         run.report(**metrics)
         if run.due(args.save_every):
-            run.save(ema.average, steps, kind='causal', chunk=chunk, config=net.config,
-                     shift=metadata.get('shift', 5.0))
+            run.save(ema.average, steps, kind='causal', chunk=chunk, shift=shift, config=net.config)
 
 
 if __name__ == '__main__':

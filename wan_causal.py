@@ -34,8 +34,10 @@ import re
 import shutil
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -386,6 +388,9 @@ class WanConfig:
         if self.patch_size != (1, 2, 2) or self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise InputError(f'unsupported DiT sizes: patch {self.patch_size} must be (1, 2, 2), and {self.dim} '
                              f'dimensions over {self.num_heads} heads must give an even head size')
+        if self.in_dim != self.out_dim:
+            raise InputError(f'a DiT that reads {self.in_dim} channels and predicts {self.out_dim} is no text-to-video '
+                             'model: only those are supported')
 
 
 CONFIGS = {
@@ -763,12 +768,21 @@ def latent_frame(frame):
 
 
 def checked_reward(reward, video, prompts):
-    """reward(video, prompts); a result that is not one number per prompt is an InputError."""
-    rewards = reward(video, prompts)
+    """reward(video, prompts) -> (B,), on the video's device. One that is not a number per prompt is an InputError, and so
+    is one without gradient where the video has one; where none is needed, a list or NumPy's numbers do as well."""
+    rewards, name = reward(video, prompts), getattr(reward, '__name__', type(reward).__name__)
+    if not torch.is_tensor(rewards):
+        try:
+            rewards = torch.tensor(np.asarray(rewards, dtype=np.float32), device=video.device)
+        except (TypeError, ValueError) as error:
+            raise InputError(f'the reward {name} returned {type(rewards).__name__}, not a number for each of '
+                             f'{len(prompts)} prompts') from error
     if tuple(rewards.shape) != (len(prompts),):
-        raise InputError(f'the reward returned shape {tuple(rewards.shape)} for a video {tuple(video.shape)} and '
+        raise InputError(f'the reward {name} returned shape {tuple(rewards.shape)} for a video {tuple(video.shape)} and '
                          f'{len(prompts)} prompts: it must be ({len(prompts)},)')
-    return rewards
+    if video.requires_grad and not rewards.requires_grad:
+        raise InputError(f'the reward {name} has no gradient in the video: compute it with torch, without no_grad')
+    return rewards.to(video.device)
 
 
 def reward_gradient(reward, vae, latents, prompts, frames, past=None):
@@ -1201,9 +1215,16 @@ NEGATIVE_PROMPT = ('色调艳丽，过曝，静态，细节模糊不清，字幕
                    '手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走')
 
 
+QUOTES = {**dict.fromkeys([0x02BC, *range(0x2018, 0x201C)], "'"), **dict.fromkeys(range(0x201C, 0x2020), '"'),
+          0xFEFF: None, 0x3000: ' '}  # what ftfy, which Wan calls, makes of these characters
+
+
 def clean_text(text):
-    """Undo HTML escapes (twice, as Wan does) and collapse white space. Differs from Wan: no mojibake repair."""
-    return re.sub(r'\s+', ' ', html.unescape(html.unescape(text))).strip()
+    """A prompt as Wan cleans it: HTML escapes undone (twice), curly quotes straight, full-width letters and digits plain,
+    composed (NFC), white space collapsed. Differs from Wan: mojibake, that is text decoded wrongly, stays."""
+    text = html.unescape(html.unescape(text)).translate(QUOTES)
+    text = re.sub('[\uFF01-\uFFEE]+', lambda wide: unicodedata.normalize('NFKC', wide[0]), text)
+    return re.sub(r'\s+', ' ', unicodedata.normalize('NFC', text)).strip()
 
 
 class TextEncoder:
@@ -1343,10 +1364,13 @@ def frame_reward(model):
 def load_function(name, flag, known):
     """The callable that `module:function` names; the module may lie in the current folder. flag and known: what the
     user wrote it after, and what else could stand there."""
-    module, _, function = name.partition(':')
+    module, _, function = name.removeprefix('./').partition(':')
     sys.path.insert(0, '')
     try:
-        return getattr(importlib.import_module(module), function)
+        found = getattr(importlib.import_module(module.removesuffix('.py').replace('/', '.')), function)
+        if not callable(found):
+            raise ValueError(f'{function} cannot be called')
+        return found
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(f'{flag} {name} cannot be loaded ({error}): give {known}, or module:function of a callable '
                          '(video (B, 3, T, H, W), prompts) -> (B,)') from error
@@ -1451,18 +1475,32 @@ def t5_key(key):
                         ('.ffn.fc1.', '.layer.1.DenseReluDense.wi_1.'), ('.ffn.fc2.', '.layer.1.DenseReluDense.wo.')])
 
 
+OTHER_FILES = {b'version https://git-lfs': 'a Git-LFS pointer, not the file itself: fetch it with git lfs pull',
+               b'GGUF': 'a GGUF file, whose quantised weights are not supported: take safetensors',
+               b'<': 'a web page, not weights: download the file itself, not the page that shows it'}
+
+
 def read_weights(path):
-    """A .safetensors file, or a pickle that holds only tensors -> (contents, metadata)."""
+    """A safetensors file, or a pickle that holds only tensors -> (contents, metadata). Its first bytes say which."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f'no file {path}: check the path')
     try:
-        if path.suffix == '.safetensors':
+        with open(path, 'rb') as file:
+            start = file.read(24)
+    except OSError as error:
+        raise InputError(f'cannot read {path}: {error.strerror}') from error
+    for sign, what in OTHER_FILES.items():
+        if start.lstrip().startswith(sign):
+            raise InputError(f'{path} is {what}')
+    try:
+        if start[8:9] == b'{':  # after the header's length
             from safetensors import safe_open
             with safe_open(path, 'pt') as file:
                 return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-        import zipfile
-        return torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path)), {}
+        mapped = start[:2] == b'PK' and path.suffix != '.safetensors'  # by which torch.load itself would go
+        source = path if mapped else io.BytesIO(path.read_bytes())
+        return torch.load(source, map_location='cpu', weights_only=True, mmap=mapped), {}
     except Exception as error:
         reason = 'it is damaged, truncated or not a weight file'
         if 'Unsupported global' in str(error):  # weights_only has refused a class or function
@@ -1480,11 +1518,30 @@ def read_folder(folder, stem='diffusion_pytorch_model'):
     return {key: tensor for file in files for key, tensor in read_weights(file)[0].items()}
 
 
-def read_json(path):
+def read_text(path):
+    """A text file in UTF-8, without its byte-order mark."""
     try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+        text = Path(path).read_text(encoding='utf-8-sig')
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f'cannot read the text file {path}: {error}') from error
+    if text.startswith('version https://git-lfs'):
+        raise InputError(f'{path} is a Git-LFS pointer, not the file itself: fetch it with git lfs pull')
+    if '\0' in text:
+        raise InputError(f'{path} is not text: it holds zero bytes')
+    return text
+
+
+def read_json(path, kind=None):
+    """A JSON file; kind: what its top level must be, such as dict."""
+    try:
+        content = json.loads(read_text(path))
+    except InputError:
+        raise
+    except ValueError as error:
         raise InputError(f'cannot read {path} as JSON: {error}') from error
+    if kind and not isinstance(content, kind):
+        raise InputError(f'{path} must hold a {kind.__name__}, not {json.dumps(content)[:40]}')
+    return content
 
 
 def find_folder(name, patterns=None):
@@ -1542,12 +1599,17 @@ def load_config(folder):
     """The DiT's sizes, from either layout's config.json."""
     folder = Path(folder)
     if not is_diffusers(folder):
-        raw = read_json(folder / 'config.json')
+        if (folder / 'high_noise_model').is_dir():
+            raise InputError(f'{folder} has two experts (high_noise_model): Wan 2.2 is not supported')
+        raw = read_json(folder / 'config.json', dict)
         if raw.get('model_type', 't2v') != 't2v':
             raise InputError(f'{folder} is a {raw["model_type"]} model: only text-to-video (t2v) models are supported')
         known = {f.name for f in dataclasses.fields(WanConfig)}
         return WanConfig(**{key: value for key, value in raw.items() if key in known})
-    raw = read_json(folder / 'transformer/config.json')
+    index = read_json(folder / 'model_index.json', dict)
+    if index.get('boundary_ratio') or any(index.get('transformer_2') or ()):
+        raise InputError(f'{folder} has two experts (transformer_2, boundary_ratio): Wan 2.2 is not supported')
+    raw = read_json(folder / 'transformer/config.json', dict)
     if raw.get('image_dim') or raw.get('added_kv_proj_dim'):
         raise InputError(f'{folder} is an image-to-video model: only text-to-video models are supported')
     return WanConfig(dim=raw['num_attention_heads'] * raw['attention_head_dim'], ffn_dim=raw['ffn_dim'],
@@ -1648,49 +1710,115 @@ def load_image_reward(name, device='cpu'):
     return load_exactly(model, state, file).to(device).eval().requires_grad_(False)
 
 
+# A tensor of an adapter: its module, and which part it is.
+ADAPTER = re.compile(r'(.+?)\.((?:lora_|dora_|hada_|lokr_|oft_|alpha$|diff$|diff_b$).*)')
+
+
 def native_keys(state, expected):
-    """A DiT state dict under any public naming -> Wan's own keys, LoRA pairs kept.
+    """A DiT state dict under any public naming -> Wan's own keys. Parts of an adapter come out as <module>.lora_A.weight,
+    lora_B.weight, lora_B.bias, alpha, diff and diff_b; others under the name that they have.
 
     expected: the model's own state dict (for the diffusers names).
     """
     names = {dit_diffusers_key(key): key for key in expected}
-    diffusers = any('condition_embedder.' in key or '.attn1.' in key or '.attn2.' in key for key in state)
+    diffusers = any(piece in key for key in state for piece in
+                    ('condition_embedder.', '.attn1.', '.attn2.', '.ffn.net.'))
+    flat = {name.removesuffix('.weight').replace('.', '_'): key.removesuffix('.weight')
+            for theirs, key in names.items() for name in (theirs, key)}  # kohya's names have no dots
     out = {}
     for key, value in state.items():
         for wrapper in ('_fsdp_wrapped_module.', '_checkpoint_wrapped_module.', '_orig_mod.', '.base_layer'):
             key = key.replace(wrapper, '')
-        key = key.replace('.default.weight', '.weight')
-        prefixes = ('base_model.model.', 'diffusion_model.', 'transformer.', 'model.', 'net.', 'module.')
+        prefixes = ('base_model.model.', 'diffusion_model.', 'transformer.', 'model.', 'net.', 'module.', 'lora_unet_')
         while any(key.startswith(prefix) for prefix in prefixes):
             key = key.removeprefix(next(prefix for prefix in prefixes if key.startswith(prefix)))
-        if key == 'freqs' or key.startswith('accum_') or \
+        if key in ('freqs', 'n_averaged') or key.startswith('accum_') or \
                 any(head in key for head in ('_cls_pred_branch.', '_register_tokens', '_gan_ca_blocks.')):
             continue  # a RoPE table, counters, a critic's head
-        if diffusers:
-            module, lora, side = key.partition('.lora_')
-            key = (names.get(module + '.weight', module).removesuffix('.weight') + lora + side) if lora \
-                else names.get(key, key)
+        if adapter := ADAPTER.fullmatch(key):
+            module, part = adapter.groups()
+            module = flat.get(module, module)
+            if diffusers:
+                module = names.get(f'{module}.weight', module).removesuffix('.weight')
+            part = part.replace('lora_down', 'lora_A').replace('lora_up', 'lora_B')
+            key = f'{module}.' + re.sub(r'^(lora_[AB])\.[^.]+\.', r'\1.', part)  # an adapter's name between them
+        elif diffusers:
+            key = names.get(key, key)
         if key == 'patch_embedding.weight' and value.ndim == 2:  # stored as a linear layer
             value = value.view(expected[key].shape)
         out[key] = value
     return out
 
 
-def fold_lora(state, base, scale=1.0):
-    """W += scale B A for each pair <module>.lora_A.weight (r, in), <module>.lora_B.weight (out, r) in `state`.
+# What an adapter's config may hold that does not change what it does to the weights.
+HARMLESS = {'r', 'lora_alpha', 'use_rslora', 'alpha_pattern', 'rank_pattern', 'target_modules', 'exclude_modules',
+            'peft_type', 'task_type', 'base_model_name_or_path', 'revision', 'auto_mapping', 'inference_mode',
+            'lora_dropout', 'lora_bias', 'layers_to_transform', 'layers_pattern', 'peft_version', 'megatron_core',
+            'runtime_config', 'parent_library', 'eva_config', 'init_lora_weights'}
 
-    When `state` holds nothing else (an adapter without its model), W is taken from `base`.
+
+def adapter_config(path, metadata):
+    """What is said of an adapter: PEFT's adapter_config.json beside it, diffusers' entry in its header, and our own
+    `lora_alpha` there. InputError for what would change the result and is not supported."""
+    beside = path.parent / 'adapter_config.json'
+    config = read_json(beside, dict) if beside.is_file() else {}
+    if 'lora_adapter_metadata' in metadata:
+        config = {key.removeprefix('transformer.'): value
+                  for key, value in json.loads(metadata['lora_adapter_metadata']).items()}
+    if 'lora_alpha' in metadata:
+        config = {**config, 'lora_alpha': metadata['lora_alpha']}
+    unknown = {key: value for key, value in config.items()
+               if key not in HARMLESS and value not in (None, False, [], {}, 'none', '')}
+    for key, known in (('peft_type', ('LORA',)), ('init_lora_weights', (True, False, 'gaussian', 'orthogonal', 'eva'))):
+        if config.get(key, known[0]) not in known:
+            unknown[key] = config[key]
+    if unknown:
+        raise InputError(f'the adapter {path} has {", ".join(f"{k} = {v}" for k, v in unknown.items())}, which is not '
+                         'supported: merge it into its weights with the package that made it')
+    return config
+
+
+def merge_lora(state, base, config=None):
+    """W += scale B A in float32 for each pair <module>.lora_A.weight (r, in), <module>.lora_B.weight (out, r) in `state`.
+
+    scale: alpha / r, or with config['use_rslora'] alpha / sqrt(r), of each module: alpha is <module>.alpha, or that of
+    the config's alpha_pattern that its name ends in, or the config's lora_alpha, or r. A bias of B is added to the
+    module's own, scaled alike; <module>.diff and diff_b are added as they are. When `state` holds nothing else (an
+    adapter without its model), W is taken from `base`. InputError for what does not fit, and for any other part.
     """
-    full = {key: value for key, value in state.items() if '.lora_' not in key} or dict(base)
-    modules = dict.fromkeys(key.partition('.lora_')[0] for key in state if '.lora_' in key)
-    for module in modules:
-        A, B = (state.get(f'{module}.lora_{side}.weight') for side in 'AB')
-        weight = full.get(f'{module}.weight')
-        if A is None or B is None or weight is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] \
-                or (B.shape[0], A.shape[1]) != tuple(weight.flatten(1).shape):
-            raise InputError(f'the LoRA of {module} does not fit this model')
-        update = scale * (B.float() @ A.float()).view(weight.shape)
-        full[f'{module}.weight'] = (weight.float() + update.to(weight.device)).to(weight.dtype)
+    config, parts, full = config or {}, {}, {}
+    for key, value in state.items():
+        if adapter := ADAPTER.fullmatch(key):
+            parts.setdefault(adapter[1], {})[adapter[2]] = value
+        else:
+            full[key] = value
+    full, patterns = full or dict(base), config.get('alpha_pattern') or {}
+    if lost := [p for p in patterns if not any(re.match(rf'(.*\.)?({p})$', module) for module in parts)]:
+        raise InputError(f'the adapter\'s alpha_pattern names {lost[0]}, which is none of its modules')
+    for module, part in parts.items():
+        A, B, bias = (part.pop(f'lora_{name}', None) for name in ('A.weight', 'B.weight', 'B.bias'))
+        delta, delta_b = part.pop('diff', None), part.pop('diff_b', None)
+        alpha, updates = part.pop('alpha', None), {'weight': delta, 'bias': delta_b}
+        if part:
+            raise InputError(f'the adapter has {module}.{next(iter(part))}: only LoRA without DoRA, and differences '
+                             'of weights, are supported')
+        if A is not None or B is not None or bias is not None:
+            if A is None or B is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+                raise InputError(f'the LoRA of {module} does not fit this model')
+            if alpha is None:
+                alpha = next((a for p, a in patterns.items() if re.match(rf'(.*\.)?({p})$', module)),
+                             config.get('lora_alpha', len(A)))
+            try:
+                scale = float(alpha) / (len(A) ** 0.5 if config.get('use_rslora') else len(A))
+            except ValueError as error:
+                raise InputError(f'the adapter\'s alpha of {module} is {alpha}, which is no number') from error
+            updates = {'weight': scale * (B.float() @ A.float()), 'bias': None if bias is None else scale * bias.float()}
+        for name, update in updates.items():
+            old = full.get(f'{module}.{name}')
+            if update is not None:
+                if old is None or update.numel() != old.numel() or len(update) != len(old):
+                    raise InputError(f'the LoRA of {module} does not fit this model')
+                full[f'{module}.{name}'] = old.float() + update.float().view(old.shape).to(old.device)
     return full
 
 
@@ -1700,15 +1828,16 @@ def load_checkpoint(model, name, ema=True, onto=False):
 
     Accepted: flat or under generator_ema / generator / model / state_dict (the EMA is preferred, `ema=False` takes
     the other if it is there); FSDP, DDP, compile and PEFT prefixes; Wan's or diffusers' names; LoRA adapters, beside
-    their base weights or alone (folded into the generator that their metadata name as `base`, else into the
+    their base weights or alone (merged into the generator that their metadata name as `base`, else into the
     weights that the model has; the `kind` returned then says that these were not in the file). onto: `name` must be
-    an adapter, and is folded into the weights that the model has, whatever `base` it names.
+    an adapter, and is merged into the weights that the model has, whatever `base` it names.
     """
     path = find_file(name)
     state, metadata = read_weights(path)
-    wrappers = ['generator_ema', 'generator', 'generator_lora', 'model', 'state_dict']
-    wrappers = wrappers if ema else wrappers[1:] + wrappers[:1]
-    state = next((state[w] for w in wrappers if isinstance(state, dict) and isinstance(state.get(w), dict)), state)
+    wrappers = ['generator_ema', 'ema', 'generator', 'generator_lora', 'model', 'state_dict']
+    wrappers = wrappers if ema else wrappers[2:] + wrappers[:2]
+    if isinstance(state, dict):  # an empty one, of a run whose average has not begun, hides nothing
+        state = next((state[w] for w in wrappers if isinstance(state.get(w), dict) and state[w]), state)
     if not isinstance(state, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
         raise InputError(f'{path} holds no state dict: expected tensors, or one of {", ".join(wrappers)}')
     for what, sign in (('an ImageReward model', 'blip.'), ('a VAE', 'encoder.downsamples.'),
@@ -1717,19 +1846,17 @@ def load_checkpoint(model, name, ema=True, onto=False):
         if any(key.startswith(sign) for key in state):
             raise InputError(f'{path} is {what}, not generator weights')
     state = native_keys(state, model.state_dict())
-    alone = all('.lora_' in key for key in state)
+    adapted = [bool(ADAPTER.fullmatch(key)) for key in state]
+    alone = all(adapted)
     if onto and not alone:
         raise InputError(f'{path} is no LoRA adapter: a whole generator goes to --checkpoint')
-    if any('.lora_' in key for key in state):
+    if any(adapted):
         if alone and not onto:
             if 'base' in metadata:
                 load_checkpoint(model, metadata['base'])
             else:
                 metadata = {**metadata, 'kind': 'a LoRA adapter without its generator'}
-        rank = next((v.shape[0] for k, v in state.items() if k.endswith('.lora_A.weight')), 1)
-        beside = path.parent / 'adapter_config.json'  # PEFT's
-        alpha = (read_json(beside) if beside.is_file() else {}).get('lora_alpha', rank)
-        state = fold_lora(state, model.state_dict(), float(metadata.get('lora_alpha', alpha)) / rank)
+        state = merge_lora(state, model.state_dict(), adapter_config(path, metadata))
     old = model.patch_embedding.weight
     load_exactly(model, state, path).to(old.device, old.dtype)
     return metadata
@@ -1833,10 +1960,35 @@ def check_video(path, frames):
 
 def saved_steps(metadata):
     """The few-step timesteps in a checkpoint's metadata, [] if it names none."""
+    text = metadata.get('timesteps', '')
     try:
-        return [float(t) for t in metadata.get('timesteps', '').split(',') if t]
-    except ValueError as error:
-        raise InputError(f'the checkpoint names the timesteps {metadata["timesteps"]}, which are no numbers') from error
+        steps = [float(t) for t in text.split(',') if t]
+    except ValueError:
+        steps = [math.nan]
+    if not all(0 < t <= 1000 for t in steps) or steps != sorted(set(steps), reverse=True):
+        raise InputError(f'the checkpoint names the timesteps {text}: they must fall, from at most 1000 to above 0')
+    return steps
+
+
+def saved_number(metadata, key, default, kind):
+    """A positive number in a checkpoint's metadata: `chunk` or `shift`."""
+    try:
+        value = kind(metadata.get(key, default))
+    except ValueError:
+        value = 0
+    if not 0 < value < math.inf:
+        raise InputError(f'the checkpoint names {key} = {metadata[key]}, which is no positive number')
+    return value
+
+
+def load_generator(folder, init, kind, shift=5.0):
+    """What a stage starts from: the DiT of a model folder with the weights of `init`, if given, which must be of this
+    kind; and what these say of themselves: (net, timesteps, chunk, shift). shift: if they do not say it."""
+    net = load_dit(folder)
+    metadata = load_checkpoint(net, init) if init else {}
+    require(metadata, init, kind=kind)
+    shift = saved_number(metadata, 'shift', shift, float)
+    return net, saved_steps(metadata) or warped_steps(shift=shift), saved_number(metadata, 'chunk', 3, int), shift
 
 
 def require(metadata, path, **wanted):
@@ -2142,8 +2294,8 @@ def model_defaults(name, stage=''):
     """What a local model folder's defaults.json says of flags: its top level, and on top its entry `stage`. Names of
     files beside it become paths."""
     file = Path(name) / 'defaults.json'
-    given = read_json(file) if file.is_file() else {}
-    if not isinstance(given, dict) or not isinstance(given.get(stage, {}), dict):
+    given = read_json(file, dict) if file.is_file() else {}
+    if not isinstance(given.get(stage, {}), dict):
         raise InputError(f'{file} is not {{flag: value, stage: {{flag: value}}}}')
     given = {**given, **given.get(stage, {})}
     return {k: str(file.parent / v) if v and isinstance(v, str) and (file.parent / v).exists() else v
@@ -2205,10 +2357,7 @@ def latent_motion(x0):
 
 def read_lines(path, aligned=False):
     """The lines of a text file, stripped, without empty ones; aligned: with those but for the ones at its end."""
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding='utf-8').rstrip().split('\n')]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f'cannot read the prompts file {path}: {error}') from error
+    lines = [line.strip() for line in read_text(path).rstrip().split('\n')]
     return lines if aligned else [line for line in lines if line]
 
 

@@ -371,7 +371,7 @@ def random_stage(module, argv, sizes, size, batch, device=torch.device('cpu')):
         'find_folder': lambda name: name, 'load_dit': dit, 'load_image_reward': image_reward, 'load_text_encoder': text,
         'load_vae': lambda *_: random_model(WanVAE, torch.bfloat16, device).requires_grad_(False),
         'Trajectories': lambda folder: Trajectory(*size),
-        'load_checkpoint': lambda *_: {'timesteps': '1000, 625'}}
+        'load_generator': lambda folder, *_: (dit(folder), [1000.0, 625.0], 3, 5.0)}
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(tempfile.TemporaryDirectory())
         args = module.parse_args([

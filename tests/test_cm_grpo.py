@@ -16,14 +16,6 @@ KERNELS = {"cm": wc.consistency_kernel, "em": cm_grpo.euler_maruyama(0.4)}
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_log_probability_is_torchs(kernel):
-    x, x0, z = (random_latents(3, 16, 2, 4, 4, seed=i) for i in range(3))
-    mean, std, _ = KERNELS[kernel](x, x0, 937.5, 833.333)
-    expected = torch.distributions.Normal(mean, std).log_prob(z).mean(dim=(1, 2, 3, 4))
-    torch.testing.assert_close(cm_grpo.log_prob(z, mean, std), expected)
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("t, s", [(1000, 937.5), (937.5, 833.333), (833.333, 625)])
 @pytest.mark.parametrize("shape", [(1, 16, 1, 2, 2), (3, 16, 5, 4, 6)])
 def test_the_surrogates_gradient_is_minus_advantage_times_the_policy_gradient(kernel, t, s, shape):
@@ -54,35 +46,27 @@ def test_advantages():
     advantage = cm_grpo.group_advantages(rewards, torch.tensor([2.0, 1.0]))
     torch.testing.assert_close(advantage.sum(1), torch.zeros(4), atol=1e-5, rtol=0)
     assert advantage[2].abs().max() == 0
-    torch.testing.assert_close(advantage[[0, 1, 3]].square().mean(1), torch.ones(3))
+    torch.testing.assert_close(advantage[[0, 1, 3]].square().mean(1), torch.ones(3), atol=1e-4, rtol=0)
     # by hand, one group
     a, b = (rewards[0, :, i] for i in range(2))
     total = 2 * (a - a.mean()) / a.std(correction=0) + (b - b.mean()) / b.std(correction=0)
-    torch.testing.assert_close(advantage[0], (total - total.mean()) / total.std(correction=0))
+    torch.testing.assert_close(advantage[0], (total - total.mean()) / total.std(correction=0), atol=1e-4, rtol=0)
     outlier = torch.zeros(1, 100, 1)
     outlier[0, 0] = 1.0
     assert cm_grpo.group_advantages(outlier, torch.ones(1)).max() == 5  # clipped
 
 
-@pytest.mark.parametrize("moved", [0.0, 0.01])
-def test_several_updates_have_the_gradient_of_ppos_clipped_ratio(moved):
-    """By autograd, on-policy (the ratio is 1, nothing is clipped) and after the policy has moved."""
-    z, x0 = (random_latents(6, 16, 2, 4, 4, seed=i) for i in range(2))
-    advantage, clip = torch.tensor([1.5, 1.5, 1.5, -0.5, -0.5, -0.5]), 2e-3
-    mean, std, slope = wc.consistency_kernel(None, x0, 937.5, 833.333)
-    old = cm_grpo.log_prob(z, mean, std)
-    x0 = (x0 + moved * random_latents(6, 16, 2, 4, 4, seed=3)).requires_grad_()
-    mean, std, slope = wc.consistency_kernel(None, x0, 937.5, 833.333)
-    ratio = (cm_grpo.log_prob(z, mean, std) - old).exp()
-    ratio = ratio * torch.tensor([1, 1.003, 0.997] * 2) if moved else ratio
-    left = cm_grpo.clipped_advantage(advantage, ratio.detach(), clip)
-    assert (left == 0).tolist() == ([False, True, False, False, False, True] if moved else [False] * 6)
-    if not moved:
-        assert torch.equal(left, advantage)
-    got, = torch.autograd.grad(cm_grpo.surrogate(x0, z, mean, std, slope, left, torch.ones(2)), x0, retain_graph=True)
-    ppo = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
-    wanted, = torch.autograd.grad(ppo, x0)
-    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-8)
+def test_a_reward_with_hardly_any_spread_hardly_counts():
+    """Its standard deviation of 3e-5 counts as 1.1e-4, as in the public code."""
+    rewards = torch.tensor([[[1, 0.90003], [2, 0.89997], [3, 0.90003], [4, 0.89997]]], dtype=torch.float64)
+    advantage = cm_grpo.group_advantages(rewards, torch.ones(2))
+    torch.testing.assert_close(advantage, torch.tensor([[-1.173, -0.790, 0.790, 1.173]]), atol=1e-3, rtol=0)
+
+
+def test_the_kl_has_the_weights_of_the_chunks():
+    x0, weights = torch.zeros(1, 1, 3, 1, 1, requires_grad=True), wc.chunk_weights([1, 1, 1], -1)
+    cm_grpo.kl_to_reference(x0, torch.full_like(x0, -1), 0.8, 0.2, weights).backward()
+    torch.testing.assert_close(x0.grad.flatten(), torch.tensor([0.01136, 0.01705, 0.03409]), atol=1e-5, rtol=0)
 
 
 def test_kl_is_torchs():
@@ -90,7 +74,7 @@ def test_kl_is_torchs():
     (mean_a, std, slope), (mean_b, _, _) = (wc.consistency_kernel(x, x0, 937.5, 833.333) for x0 in (a, b))
     normal = torch.distributions.Normal
     expected = torch.distributions.kl_divergence(normal(mean_a, std), normal(mean_b, std)).mean()
-    torch.testing.assert_close(cm_grpo.kl_to_reference(a, b, std, slope), expected)
+    torch.testing.assert_close(cm_grpo.kl_to_reference(a, b, std, slope, torch.ones(2)), expected)
 
 
 def test_the_policy_of_a_one_dimensional_consistency_model_moves_to_the_optimum():
@@ -128,7 +112,7 @@ def test_lora_starts_as_the_model_and_folds_into_what_it_became(tmp_path):
         torch.testing.assert_close(net(x, t, context), after)
         ema = wc.EMA(net, 0.9)
         plain = random_dit(seed=1)
-        wc.load_exactly(plain, cm_grpo.folded(net, ema.average, 8.0 / 4), "folded")
+        wc.load_exactly(plain, cm_grpo.merged(net, ema.average, 8.0), "merged")
         torch.testing.assert_close(plain(x, t, context), after, atol=1e-4, rtol=1e-4)
         # the adapter alone, through the loader: into the generator that it names, whatever the model held
         wc.save_checkpoint(tmp_path / "start.safetensors", random_dit().state_dict(), kind="causal")
@@ -218,11 +202,11 @@ def test_other_settings_run_and_leave_a_generator(clip_folder, tmp_path):
     start = wc.load_dit(ROOT / "tests/tiny").state_dict()
     wc.save_checkpoint(tmp_path / "start.safetensors", start, kind="causal", chunk=3, timesteps="1000,900,750,500")
     settings = {"full": ["--lora-rank", 0, "--kl", 0.01], "em": ["--policy", "em", "--em-noise", 0.8, "--kl", 0.01],
-                "again": ["--updates", 2, "--rewards", "clip=2", "aesthetic=1", "smoothness=0.75",
+                "again": ["--clip-model", folder, "--rewards", "clip=2", "aesthetic=1", "smoothness=0.75",
                           "--aesthetic-head", folder / "head.pth"]}
     for name, flags in settings.items():
         done = run("cm_grpo.py", "--init", tmp_path / "start.safetensors", *TINY_RUN, "--frames", 13, "--lora-rank", 4,
-                   "--sample-every", 1, "--clip-model", folder, "--rewards", "motion", *flags, "--out", tmp_path / name)
+                   "--sample-every", 1, "--rewards", "motion", *flags, "--out", tmp_path / name)
         assert done.returncode == 0, done.stderr
         result = load_file(tmp_path / name / "model.safetensors")
         assert set(result) == set(start) and any(not torch.equal(result[k], start[k]) for k in start)
@@ -234,7 +218,7 @@ def test_a_reward_that_is_not_a_number_stops_the_run_in_words(tmp_path):
     wc.save_checkpoint(tmp_path / "start.safetensors", wc.load_dit(ROOT / "tests/tiny").state_dict(), kind="causal")
     (tmp_path / "mine.py").write_text("def nan(video, prompts):\n    return video.mean((1, 2, 3, 4)) * float('nan')\n"
                                       "def scalar(video, prompts):\n    return video.mean()\n")
-    messages = {"nan": "reward_mine:nan is nan at step 1", "scalar": "the reward returned shape ()"}
+    messages = {"nan": "reward_mine:nan is nan at step 1", "scalar": "the reward scalar returned shape ()"}
     for name, words in messages.items():
         done = run("cm_grpo.py", "--init", tmp_path / "start.safetensors", *TINY_RUN, "--sample-every", 0, "--rewards",
                    f"mine:{name}", "--out", tmp_path / name, env={"PYTHONPATH": str(tmp_path)})

@@ -611,13 +611,6 @@ def test_extended_prompts_are_named_by_the_original(tmp_path):
     assert (tmp_path / "same.mp4").read_bytes() == (tmp_path / "out/videos/a red cat-0.mp4").read_bytes()
 
 
-def test_the_world_must_lie_beside_the_tiny_model(sampled, tmp_path):
-    (tmp_path / "model").mkdir()
-    code, _, err = call("score", "--samples", 2, "--out", sampled, "--model", tmp_path / "model", "--device",
-                        "cpu")
-    assert code == 2 and "tiny_world.py: the tiny captions are scored by the tiny world's own measurements" in err
-
-
 @pytest.mark.parametrize("verb", ["sample", "score", "table"])
 def test_help_of_each_verb(verb):
     code, out, _ = call(verb, "--help")

@@ -111,6 +111,36 @@ def test_pictures_of_every_kind_to_start_from(tmp_path):
         assert (frames[0, :, 0] - expected).abs().max() < 0.02, file
 
 
+def test_16_bits_and_transparency(tmp_path):
+    """By what the file holds; what is transparent lies on white."""
+    import numpy as np
+    from PIL import Image
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
+    Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray(ramp.astype(np.int32)).save(tmp_path / "deep.tiff")
+    for file in ("deep.png", "deep.tiff"):
+        seen = generate.read_frames(tmp_path / file, 64, 64, limit=5)[0, :, 0]
+        assert (seen - torch.from_numpy(ramp / 32767.5 - 1)).abs().max() < 0.01
+    Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert (generate.read_frames(tmp_path / "clear.png", 64, 64, limit=5) == 1).all()
+    Image.new("RGBA", (64, 64), (255, 0, 0, 51)).save(tmp_path / "pale.png")  # a fifth
+    (tmp_path / "pale.png").rename(tmp_path / "pale.mp4")
+    pale = generate.read_frames(tmp_path / "pale.mp4", 64, 64, limit=5)[0, :, 0, 0, 0]
+    torch.testing.assert_close(pale, torch.tensor([1.0, 0.6, 0.6]))
+    Image.fromarray((ramp / 65535).astype(np.float32)).save(tmp_path / "real.tiff")
+    with pytest.raises(wc.InputError, match="no 8 or 16 bits per pixel"):
+        generate.read_frames(tmp_path / "real.tiff", 64, 64, limit=5)
+
+
+def test_weights_that_are_not_finite_leave_no_video(tmp_path, causal):
+    state = dict(wc.read_weights(causal)[0])
+    state["head.head.bias"] = torch.full_like(state["head.head.bias"], float("nan"))
+    wc.save_checkpoint(tmp_path / "nan.safetensors", state, kind="causal", chunk=3, timesteps="1000,937.5,833.333,625")
+    done = run("generate.py", PROMPT, "--checkpoint", tmp_path / "nan.safetensors", "--frames", 9, "--out", tmp_path / "x.mp4")
+    assert done.returncode == 2 and "the latents are not finite" in done.stderr
+    assert not list(tmp_path.glob("*.mp4"))
+
+
 def test_a_lora_adapter_on_top_of_a_generator(tmp_path, causal):
     state, random = dict(wc.read_weights(causal)[0]), torch.Generator().manual_seed(3)
     A, B = torch.randn(4, 192, generator=random), torch.randn(192, 4, generator=random) / 20
@@ -174,7 +204,7 @@ BAD = [
     ([PROMPT, "--init", "README.md", "--checkpoint", "CAUSAL"], "cannot be read as an image or a video"),
     ([PROMPT, "--init", "README.md", "--bidirectional"], "need a causal generator"),
     ([], "empty prompt"), ([""], "empty prompt"), (["  "], "empty prompt"),
-    (["--prompts", "nothing.txt"], "cannot read the prompts file"),
+    (["--prompts", "nothing.txt"], "cannot read the text file nothing.txt"),
     (["--jobs", "README.md"], 'README.md must hold lines such as {"prompt": "a cat", "seed": 0, "out": "cat.mp4"}'),
     ([PROMPT, "--jobs", "jobs.jsonl"], "give prompts or --jobs, not both"),
     ([PROMPT, PROMPT, "--out", "OUT/x.mp4"], "is one file, but there are 2 prompts"),

@@ -45,6 +45,9 @@ LAYOUTS = {  # name -> what is in the .pt file, given the state that must come o
     "flat": lambda s: s,
     "generator": lambda s: {"generator": prefixed(s, "model."), "critic": prefixed(OTHER, "model.")},
     "only the ema": lambda s: {"generator_ema": prefixed(s, "model.")},
+    "an empty ema": lambda s: {"generator_ema": {}, "generator": prefixed(s, "model.")},
+    "ema": lambda s: {"model": prefixed(OTHER, "model."), "ema": prefixed(s, "model.")},
+    "torch's average": lambda s: {"n_averaged": torch.tensor(3), **prefixed(s, "module.")},
     "ema preferred": lambda s: {"generator": prefixed(OTHER, "model."), "generator_ema": prefixed(s, "model.")},
     "fsdp": lambda s: {"generator_ema": prefixed(s, "model._fsdp_wrapped_module.")},
     "nested wrappers": lambda s: {"generator": {k.replace("blocks.0.", "blocks.0._fsdp_wrapped_module."
@@ -136,8 +139,144 @@ def test_an_adapter_for_given_weights_ignores_its_own_base(tmp_path):
 
 def test_an_adapter_is_folded_where_the_weights_are():
     pair = {"a.lora_A.weight": torch.ones(2, 4), "a.lora_B.weight": torch.ones(3, 2)}
-    folded = wc.fold_lora(pair, {"a.weight": torch.ones(3, 4, device="meta")})
+    folded = wc.merge_lora(pair, {"a.weight": torch.ones(3, 4, device="meta")})
     assert folded["a.weight"].device.type == "meta"  # as it would be a GPU's
+
+
+V, FFN = "blocks.1.self_attn.v", "blocks.0.ffn.0"
+PEFT = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
+
+
+def two_parts(a, b, name=lambda module: module, **more):
+    """An adapter of the modules V and FFN under some project's names; more: other parts of V."""
+    return lambda pairs: {f"{name(m)}.{part}": x for m, (A, B) in pairs.items() for part, x in
+                          ((a, A), (b, B), *((more.items() if m == V else ())))}
+
+
+@pytest.mark.parametrize("adapter, config, scales", [
+    (two_parts("lora_A.weight", "lora_B.weight"), {**PEFT, "use_rslora": True}, (4, 4)),  # 8 / sqrt(4)
+    (two_parts("lora_A.weight", "lora_B.weight"), {**PEFT, "alpha_pattern": {"self_attn.v": 2}}, (0.5, 2)),
+    (two_parts("lora_A.my_name.weight", "lora_B.my_name.weight"), PEFT, (2, 2)),
+    (two_parts("lora_down.weight", "lora_up.weight", alpha=torch.tensor(2.0)), None, (0.5, 1)),
+    (two_parts("lora_down.weight", "lora_up.weight", lambda m: "lora_unet_" + m.replace(".", "_"),
+               alpha=torch.tensor(2.0)), None, (0.5, 1)),  # kohya's
+    (two_parts("lora_A.weight", "lora_B.weight", lambda m: wc.dit_diffusers_key(m + ".weight")[:-7]), None, (1, 1)),
+])
+def test_the_scale_of_an_adapter_belongs_to_each_module(tmp_path, adapter, config, scales):
+    pairs, _ = lora_pairs(state_of(), [V, FFN])
+    save_file({k: v.contiguous() for k, v in adapter(pairs).items()}, tmp_path / "lora.safetensors")
+    if config:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    model = random_dit()
+    wc.load_checkpoint(model, tmp_path / "lora.safetensors", onto=True)
+    for (module, (A, B)), scale in zip(pairs.items(), scales):
+        torch.testing.assert_close(model.state_dict()[f"{module}.weight"], state_of()[f"{module}.weight"] + scale * B @ A)
+
+
+def test_adapters_of_the_feed_forward_layers_alone_under_diffusers_names(tmp_path):
+    pairs, merged = lora_pairs(state_of(), [FFN])
+    save_file({f"transformer.blocks.0.ffn.net.0.proj.lora_{s}.weight": x for s, x in zip("AB", pairs[FFN])},
+              tmp_path / "lora.safetensors")
+    model = random_dit()
+    wc.load_checkpoint(model, tmp_path / "lora.safetensors", onto=True)
+    torch.testing.assert_close(model.state_dict(), merged)
+
+
+def test_biases_and_differences_of_an_adapter_are_added():
+    base = {"a.weight": torch.ones(3, 4), "a.bias": torch.ones(3), "b.weight": torch.ones(2, 2), "b.bias": torch.ones(2)}
+    adapter = {"a.lora_A.weight": torch.ones(2, 4), "a.lora_B.weight": torch.ones(3, 2), "a.lora_B.bias": torch.ones(3),
+               "b.diff": torch.full((2, 2), 0.5), "b.diff_b": torch.full((2,), 0.25)}
+    out = wc.merge_lora(adapter, base, {"lora_alpha": 6})
+    assert [out[key].unique().tolist() for key in base] == [[7], [4], [1.5], [1.25]]
+
+
+def test_an_adapter_and_its_base_in_one_bfloat16_file_are_merged_in_float32():
+    state = {"a.weight": torch.full((1, 1), 256.0, dtype=torch.bfloat16),
+             "a.lora_A.weight": torch.ones(1, 1, dtype=torch.bfloat16),
+             "a.lora_B.weight": torch.ones(1, 1, dtype=torch.bfloat16)}
+    assert wc.merge_lora(state, {})["a.weight"].item() == 257  # bfloat16 knows 256 and 258
+
+
+@pytest.mark.parametrize("extra, config, words", [
+    ({f"{V}.lora_magnitude_vector": torch.ones(48)}, PEFT, "lora_magnitude_vector: only LoRA without DoRA"),
+    ({f"{V}.dora_scale": torch.ones(48)}, None, "dora_scale: only LoRA without DoRA"),
+    ({f"{V}.hada_w1_a": torch.ones(4, 4)}, None, "hada_w1_a: only LoRA"),
+    ({}, {**PEFT, "use_dora": True}, "use_dora = True, which is not supported"),
+    ({}, {**PEFT, "fan_in_fan_out": True}, "fan_in_fan_out = True"), ({}, {**PEFT, "bias": "all"}, "bias = all"),
+    ({}, {**PEFT, "peft_type": "LOHA"}, "peft_type = LOHA"), ({}, {**PEFT, "new_trick": 3}, "new_trick = 3"),
+    ({}, {**PEFT, "init_lora_weights": "pissa"}, "init_lora_weights = pissa"),
+    ({}, {**PEFT, "alpha_pattern": {"no.such": 1}}, "alpha_pattern names no.such"),
+    ({}, [1], "must hold a dict")])
+def test_what_an_adapter_has_besides_is_refused_by_name(tmp_path, extra, config, words):
+    pairs, _ = lora_pairs(state_of(), [V])
+    save_file({f"{V}.lora_{s}.weight": x for s, x in zip("AB", pairs[V])} | extra, tmp_path / "lora.safetensors")
+    if config:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    model = random_dit()
+    with pytest.raises(wc.InputError, match=words):
+        wc.load_checkpoint(model, tmp_path / "lora.safetensors", onto=True)
+    assert same(model, state_of())
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"version https://git-lfs.github.com/spec/v1", "is a Git-LFS pointer"), (b"GGUF\x03", "is a GGUF file"),
+    (b"\n<!DOCTYPE html>", "is a web page")])
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_files_that_are_no_weights_are_told_from_damage(tmp_path, content, words, suffix):
+    (tmp_path / f"x.{suffix}").write_bytes(content + b" and more" * 9)
+    with pytest.raises(wc.InputError, match=words):
+        wc.read_weights(tmp_path / f"x.{suffix}")
+
+
+@pytest.mark.parametrize("name", ["x.sft", "X.SAFETENSORS", "blob", "x.pt"])
+def test_weights_are_recognised_by_their_first_bytes(tmp_path, name):
+    save_file({"a": torch.ones(2)}, tmp_path / "here")
+    (tmp_path / "here").rename(tmp_path / name)
+    assert wc.read_weights(tmp_path / name)[0]["a"].tolist() == [1, 1]
+    torch.save({"a": torch.ones(3)}, tmp_path / "x.safetensors")
+    assert wc.read_weights(tmp_path / "x.safetensors")[0]["a"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("metadata, words", [
+    ({"timesteps": "500,900"}, "names the timesteps 500,900"), ({"timesteps": "nan"}, "names the timesteps nan"),
+    ({"timesteps": "1000,x"}, "names the timesteps"), ({"chunk": "three"}, "chunk = three"), ({"chunk": "0"}, "chunk = 0"),
+    ({"shift": "-1"}, "shift = -1"), ({"shift": "inf"}, "shift = inf")])
+def test_metadata_that_make_no_sense(tmp_path, metadata, words):
+    wc.save_checkpoint(tmp_path / "x.safetensors", wc.load_dit(ROOT / "tests/tiny").state_dict(), kind="causal", **metadata)
+    with pytest.raises(wc.InputError, match=words):
+        wc.load_generator(ROOT / "tests/tiny", tmp_path / "x.safetensors", "causal")
+
+
+@pytest.mark.parametrize("prompt, cleaned", [
+    ("a person\u2019s \u201cred\u201d hat", "a person's \"red\" hat"), ("cafe\u0301", "caf\u00e9"),
+    ("\uff21\uff22\uff0c\uff11", "AB,1"), ("\ufeffa\u3000b", "a b"), ("&amp;lt;b&amp;gt;", "<b>"), ("\u02bc\u2018", "''"),
+    ("  a \n b ", "a b"), ("\u8272\u8c03\u8273\u4e3d\uff0c", "\u8272\u8c03\u8273\u4e3d,"), ("x\u00b2 \ufb01", "x\u00b2 \ufb01")])
+def test_prompts_are_cleaned_as_wan_does(prompt, cleaned):
+    assert wc.clean_text(prompt) == cleaned
+
+
+def test_text_files(tmp_path):
+    file = tmp_path / "x.txt"
+    file.write_bytes(b"\xef\xbb\xbfone\ntwo\n")
+    assert wc.read_lines(file) == ["one", "two"]
+    file.write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert wc.read_json(file, dict) == {"a": 1}
+    for content, words in ((b"version https://git-lfs.github.com/spec/v1\noid x", "Git-LFS pointer"),
+                           (b"a\0b", "zero bytes"), (b"\xff\xfe", "cannot read the text file")):
+        file.write_bytes(content)
+        for read in (wc.read_lines, wc.read_json):
+            with pytest.raises(wc.InputError, match=words):
+                read(file)
+
+
+@pytest.mark.parametrize("reward, words", [
+    (lambda video, prompts: None, r"returned shape \(\)"), (lambda video, prompts: {}, "returned dict, not a number"), (lambda video, prompts: ["x", "y"], "list, not a number"),
+    (lambda video, prompts: [1.0], r"returned shape \(1,\)"),
+    (lambda video, prompts: video.detach().mean((1, 2, 3, 4)), "has no gradient in the video")])
+def test_rewards_of_users(reward, words):
+    with pytest.raises(wc.InputError, match=words):
+        wc.checked_reward(reward, torch.zeros(2, 3, 1, 4, 4, requires_grad=True), ["a", "b"])
+    assert wc.checked_reward(lambda video, prompts: [1, 2], torch.zeros(2, 3, 1, 4, 4), ["a", "b"]).tolist() == [1, 2]
 
 
 def test_a_lora_adapter_alone_is_no_generator_and_peft_tells_its_alpha(tmp_path):
@@ -284,7 +423,8 @@ def broken(tmp_path, kind):
         torch.save(state | {"patch_embedding.weight": torch.zeros(3, 5)}, path)
     elif kind == "words for numbers":
         path = tmp_path / "bad.safetensors"
-        save_file({"blocks.0.ffn.0.lora_A.weight": torch.zeros(2, 48)}, path, metadata={"lora_alpha": "much"})
+        save_file({"blocks.0.ffn.0.lora_A.weight": torch.zeros(2, 48), "blocks.0.ffn.0.lora_B.weight":
+                   torch.zeros(64, 2)}, path, metadata={"lora_alpha": "much"})
     return path
 
 
@@ -298,7 +438,7 @@ def broken(tmp_path, kind):
     ("reward model", "is an ImageReward model"), ("vae", "is a VAE"), ("lora for another module", "does not fit"),
     ("half a lora", "does not fit"), ("a lora of two ranks", "does not fit"), ("a flat lora", "does not fit"),
     ("numbered tensors", "holds no state dict"), ("another patch", r"cannot load the generator of .*bad.pt \(Runtime"),
-    ("words for numbers", r"cannot load the generator of .*ValueError: could not convert string to float: 'much'")])
+    ("words for numbers", "alpha of blocks.0.ffn.0 is much, which is no number")])
 def test_refused_in_one_sentence_and_model_untouched(tmp_path, capsys, kind, words):
     model = random_dit(7)
     with pytest.raises(wc.InputError, match=words) as caught:
@@ -425,7 +565,11 @@ def test_sharded_diffusers_layout(tmp_path):
     (lambda d: torch.save(3, d / "Wan2.1_VAE.pth"), "cannot load the VAE of .*wan"),
     (lambda d: torch.save({"a": torch.ones(1)}, d / "models_t5_umt5-xxl-enc-bf16.pth"), "cannot load the text encoder"),
     (lambda d: torch.save(3, d / "models_t5_umt5-xxl-enc-bf16.pth"), "cannot load the text encoder"),
-    (lambda d: (d / "config.json").write_text("[]"), "cannot load the DiT of .*wan"),
+    (lambda d: (d / "config.json").write_text("[]"), "config.json must hold a dict, not"),
+    (lambda d: (d / "config.json").write_text(json.dumps({**SMALL, "in_dim": 36})), "reads 36 channels and predicts 16"),
+    (lambda d: (d / "high_noise_model").mkdir(), "two experts"),
+    (lambda d: (d / "model_index.json").write_text('{"boundary_ratio": 0.9}'), "two experts"),
+    (lambda d: (d / "model_index.json").write_text('{"transformer_2": ["diffusers", "X"]}'), "two experts"),
     (lambda d: (d / "config.json").write_text(json.dumps({**SMALL, "num_heads": 0})), "cannot load the DiT of"),
     (lambda d: (d / "config.json").write_text(json.dumps({**SMALL, "dim": "wide"})), "cannot load the DiT of"),
     (lambda d: (d / "diffusion_pytorch_model.safetensors.index.json").write_text("{}"), "cannot load the DiT of"),
