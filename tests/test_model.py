@@ -8,6 +8,8 @@ from conftest import SMALL, random_dit, random_latents
 
 import wan_causal as wc
 
+pytestmark = pytest.mark.quick
+
 CONTEXT = random_latents(2, 8, 16, seed=9)
 
 
@@ -309,7 +311,8 @@ def test_rollout_reuses_a_cache():
     other = list(wc.rollout(model, random_latents(2, 16, 6, 4, 6), CONTEXT + 1, STEPS, [3, 3], cache=cache))
     assert not any(torch.equal(a.x0, b.x0) for a, b in zip(first, other))  # nothing of the first prompt is left
     again = run_rollout(model, [3, 3], cache=cache)
-    assert all(torch.equal(a.x0, b.x0) for a, b in zip(first, again))
+    for a, b in zip(first, again):
+        close(a.x0, b.x0)
 
 
 def test_a_rollout_encodes_the_prompt_once_and_makes_a_chunk_when_it_is_asked_for():
@@ -572,7 +575,7 @@ def test_recomputed_decoder_layers_change_nothing(vae, frames, monkeypatch):
     expected, = torch.autograd.grad((plain * weight).sum(), z)
     monkeypatch.setattr(vae.decoder, "checkpointing", True)
     again = decode(z)
-    assert torch.equal(again, plain)
+    close(again, plain)
     for _ in range(2):
         gradient, = torch.autograd.grad((again * weight).sum(), z, retain_graph=True)
         torch.testing.assert_close(gradient, expected)
