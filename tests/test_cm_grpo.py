@@ -219,10 +219,10 @@ def test_other_settings_run_and_leave_a_generator(clip_folder, tmp_path):
     wc.save_checkpoint(tmp_path / "start.safetensors", start, kind="causal", chunk=3, timesteps="1000,900,750,500")
     settings = {"full": ["--lora-rank", 0, "--kl", 0.01], "em": ["--policy", "em", "--em-noise", 0.8, "--kl", 0.01],
                 "again": ["--updates", 2, "--rewards", "clip=2", "aesthetic=1", "smoothness=0.75",
-                          "--aesthetic-head", folder / "head.pth"]}
+                          "--aesthetic-head", folder / "head.pth", "--clip-model", folder]}
     for name, flags in settings.items():
         done = run("cm_grpo.py", "--init", tmp_path / "start.safetensors", *TINY_RUN, "--frames", 13, "--lora-rank", 4,
-                   "--sample-every", 1, "--clip-model", folder, "--rewards", "motion", *flags, "--out", tmp_path / name)
+                   "--sample-every", 1, "--rewards", "motion", *flags, "--out", tmp_path / name)
         assert done.returncode == 0, done.stderr
         result = load_file(tmp_path / name / "model.safetensors")
         assert set(result) == set(start) and any(not torch.equal(result[k], start[k]) for k in start)
