@@ -1882,7 +1882,7 @@ def write_tensors(path, state, metadata):
     for key, x in state.items():
         header[key] = {'dtype': names[x.dtype], 'shape': [*x.shape], 'data_offsets': [end, end := end + x.nbytes]}
     text = json.dumps(header).encode()
-    text += b' ' * (-len(text) % 8)
+    text += b' ' * (-(8 + len(text)) % 64)  # so that the tensors lie as in memory
     with open(path, 'wb') as file:
         file.write(len(text).to_bytes(8, 'little') + text)
         for x in state.values():

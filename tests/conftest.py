@@ -13,6 +13,8 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # several processes share few cores here
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing may be downloaded
 
+import imageio
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -67,6 +69,13 @@ def random_latents(*shape, seed=0):
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["imageio", "transformers.models.auto.tokenization_auto",
                                "transformers.models.blip.modeling_blip_text", "transformers.models.umt5.modeling_umt5"])
+
+
+def frames_apart(a, b):
+    """Mean difference of two videos, files or arrays, in levels. The same computation in other memory or by another
+    kernel is rounded otherwise, which a video file makes visible: below 1; other videos are far above."""
+    a, b = (np.stack(list(imageio.v3.imiter(x))) if isinstance(x, Path) else x for x in (a, b))
+    return abs(a.astype(float) - b).mean() if a.shape == b.shape else np.inf
 
 
 def without_gpu(env):

@@ -13,7 +13,7 @@ import imageio
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run, start_script, torchrun
+from conftest import ROOT, frames_apart, run, start_script, torchrun
 from PIL import Image
 
 import eval_vbench as ev
@@ -437,7 +437,12 @@ def test_two_ranks_score_as_one(scored, videos, networks, tmp_path):
                     videos / "full_info.json", *scoring(networks))
     assert done.returncode == 0, done.stderr
     for name in ev.NATIVE:
-        assert json.loads((tmp_path / f"results/{name}_eval_results.json").read_text()) == {name: scored[0][name]}
+        (total, rows), (theirs, their_rows) = json.loads(
+            (tmp_path / f"results/{name}_eval_results.json").read_text())[name], scored[0][name]
+        assert total == pytest.approx(theirs, abs=1e-6)
+        assert [row["video_path"] for row in rows] == [row["video_path"] for row in their_rows]
+        assert [row["video_results"] for row in rows] == pytest.approx([row["video_results"] for row in their_rows],
+                                                                       abs=1e-6)
 
 
 def test_missing_and_unreadable_videos(videos, networks, tmp_path):
@@ -546,29 +551,28 @@ def test_the_tiny_model_through_all_verbs(sampled):
 
 
 def test_samples_are_those_of_generate(sampled, tmp_path):
-    """The recorded seed and text give the same file, byte for byte."""
+    """The recorded seed and text give the same video."""
     record = json.loads((sampled / "samples.json").read_text())["videos"]
     assert len({video["seed"] for video in record.values()}) == len(record) == 8
     name = sorted(record)[-1]
     code, _, err = call(record[name]["prompt"], "--seed", record[name]["seed"], *FAST[1:], "--out", tmp_path / "x.mp4",
                         script=generate)
     assert code == 0, err
-    assert (tmp_path / "x.mp4").read_bytes() == (sampled / "videos" / name).read_bytes()
+    assert frames_apart(tmp_path / "x.mp4", sampled / "videos" / name) < 1
 
 
 def test_killed_and_gone_on_with_under_two_ranks(sampled, tmp_path):
-    """Killed without warning in the middle, then resumed by two processes: the same files as without."""
+    """Killed without warning in the middle, then resumed by two processes: the same videos as without."""
     args = ["eval_vbench.py", "sample", "--samples", 2, "--out", tmp_path, *FAST]
     process = start_script(os.devnull, os.devnull, *args)
-    deadline = time.time() + 300
-    while len(list(tmp_path.glob("videos/[!.]*.mp4"))) < 1 and time.time() < deadline:
+    while len(list(tmp_path.glob("videos/[!.]*.mp4"))) < 1 and process.is_alive():
         time.sleep(0.02)
     process.kill()
     process.join()
     done = contents(tmp_path / "videos")
     finished = {name for name in done if not name.startswith(".")}
     assert 1 <= len(finished) < 8
-    assert all(done[name] == contents(sampled / "videos")[name] for name in finished)  # none is half-written
+    assert all(frames_apart(tmp_path / "videos" / name, sampled / "videos" / name) < 1 for name in finished)  # whole
     before = {name: (tmp_path / "videos" / name).stat().st_mtime_ns for name in finished}
     half = next(name for name in contents(sampled / "videos") if name not in finished)
     wc.temporary_name(tmp_path / "videos" / half).write_bytes(b"half")
@@ -576,7 +580,8 @@ def test_killed_and_gone_on_with_under_two_ranks(sampled, tmp_path):
     resumed = torchrun(2, *args)
     assert resumed.returncode == 0, resumed.stderr
     assert f"8 videos, {8 - len(finished)} of them to be made" in resumed.stdout
-    assert contents(tmp_path / "videos") == contents(sampled / "videos")  # and nothing else is left there
+    assert set(contents(tmp_path / "videos")) == set(contents(sampled / "videos"))  # and nothing else is left there
+    assert all(frames_apart(file, sampled / "videos" / file.name) < 1 for file in (tmp_path / "videos").iterdir())
     assert all((tmp_path / "videos" / name).stat().st_mtime_ns == when for name, when in before.items())
     for name in ("samples.json", "full_info.json"):
         assert (tmp_path / name).read_text() == (sampled / name).read_text()
@@ -608,7 +613,7 @@ def test_extended_prompts_are_named_by_the_original(tmp_path):
         "a red cat-0.mp4": {"prompt": lines[2], "seed": 3_002_000}}
     code, _, err = call(lines[2], "--seed", 3_002_000, *flags, "--out", tmp_path / "same.mp4", script=generate)
     assert code == 0, err
-    assert (tmp_path / "same.mp4").read_bytes() == (tmp_path / "out/videos/a red cat-0.mp4").read_bytes()
+    assert frames_apart(tmp_path / "same.mp4", tmp_path / "out/videos/a red cat-0.mp4") < 1
 
 
 @pytest.mark.parametrize("verb", ["sample", "score", "table"])

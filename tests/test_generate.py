@@ -3,7 +3,7 @@ import imageio
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, alone_and_under_torchrun, python, random_dit, run
+from conftest import ROOT, alone_and_under_torchrun, frames_apart, python, random_dit, run
 
 import generate
 import wan_causal as wc
@@ -71,7 +71,7 @@ def test_the_seed_decides(tmp_path, causal):
                    "--out", tmp_path / f"{name}.mp4")
         assert done.returncode == 0, done.stderr
     videos = [read(tmp_path / f"{name}.mp4") for name in seeds]
-    assert (videos[0] == videos[1]).all() and (videos[0] != videos[2]).any()
+    assert frames_apart(videos[0], videos[1]) < 1 < frames_apart(videos[0], videos[2])
 
 
 def test_goes_on_from_a_video_and_from_an_image(tmp_path, causal):
@@ -154,9 +154,8 @@ def test_a_lora_adapter_on_top_of_a_generator(tmp_path, causal):
     for name, flags in weights.items():
         done = run("generate.py", PROMPT, "--checkpoint", *flags, "--frames", 9, "--out", tmp_path / f"{name}.mp4")
         assert done.returncode == 0, done.stderr
-    plain, folded, lora = (read(tmp_path / f"{name}.mp4").astype(float) for name in weights)
-    # levels, on average: the same weights elsewhere in memory are rounded otherwise
-    assert abs(folded - lora).mean() < 1 < abs(plain - lora).mean()
+    plain, folded, lora = (tmp_path / f"{name}.mp4" for name in weights)
+    assert frames_apart(folded, lora) < 1 < frames_apart(plain, lora)
 
 
 def test_overlapping_rollouts_of_any_length(tmp_path, causal):
@@ -179,7 +178,7 @@ def test_two_processes_share_the_prompts_and_write_the_same_files(tmp_path, caus
     one, two = (sorted((tmp_path / folder).iterdir()) for folder in ("one", "two"))
     assert [f.name for f in one] == [f.name for f in two] and len(one) == 3
     for a, b in zip(one, two):
-        assert a.read_bytes() == b.read_bytes()
+        assert frames_apart(a, b) < 1
 
 
 BAD = [

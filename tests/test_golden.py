@@ -6,6 +6,8 @@ from safetensors.torch import load_file
 
 import wan_causal as wc
 
+pytestmark = pytest.mark.quick
+
 CHUNKS = [3, 3, 3]
 
 

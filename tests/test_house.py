@@ -8,6 +8,8 @@ import sys
 import pytest
 from conftest import ROOT, python
 
+pytestmark = pytest.mark.quick
+
 SCRIPTS = ["wan_causal.py", "distill_dmd.py", "ode_init.py", "reward_forcing.py", "cm_grpo.py", "generate.py",
            "eval_vbench.py"]
 PRESENT = [name for name in SCRIPTS if (ROOT / name).exists()]

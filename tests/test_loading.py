@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import wan_causal as wc
 
+pytestmark = pytest.mark.quick
+
 
 def state_of(seed=0):
     return {key: value.clone() for key, value in random_dit(seed).state_dict().items()}

@@ -9,6 +9,8 @@ from conftest import SMALL, random_dit, random_latents
 import wan_causal as wc
 from generate import compile_for_inference
 
+pytestmark = pytest.mark.quick
+
 CONTEXT = random_latents(2, 8, 16, seed=9)
 
 
@@ -538,7 +540,7 @@ def test_recomputed_decoder_layers_change_nothing(vae, frames, monkeypatch):
     expected, = torch.autograd.grad((plain * weight).sum(), z)
     monkeypatch.setattr(vae.decoder, "checkpointing", True)
     again = decode(z)
-    assert torch.equal(again, plain)
+    close(again, plain)
     for _ in range(2):
         gradient, = torch.autograd.grad((again * weight).sum(), z, retain_graph=True)
         torch.testing.assert_close(gradient, expected)

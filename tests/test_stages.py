@@ -373,7 +373,7 @@ def test_decoding_from_a_few_latent_frames_before_is_nearly_exact(parts):
     for past in (1, 4, 8, 14):
         got = wc.reward_gradient(reward, vae, latents, CAPTIONS, [53, 56], past)
         errors.append([(a - b).norm().item() / b.norm().item() for a, b in zip(got, exact)])
-    assert errors[3] == [0, 0] and max(errors[2]) < 0.05 < errors[0][1]
+    assert max(errors[3]) < 1e-4 and max(errors[2]) < 0.05 < errors[0][1]
     assert errors[0][1] > errors[1][1] > errors[2][1]
 
 
