@@ -45,7 +45,8 @@ from wan_causal import (EMA, Help, InputError, Parser, Run, aesthetic_head, chec
                         gaussian, interleaved_x0, latent_shape, load_clip, load_function, load_generator,
                         load_image_reward, load_text_encoder, load_vae, merge_lora, number, parse_stage, processes,
                         read_prompts, recorded_rollout, refuse_unused, replace_file, run_script, sample_generators,
-                        sample_numbers, save_checkpoint, shuffled, trainable, training_flags, v_from_x0, whole)
+                        sample_numbers, save_checkpoint, say_cut, shuffled, trainable, training_flags, v_from_x0,
+                        whole)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -335,6 +336,7 @@ def train(args, process):
     # --- models
     folder = find_folder(args.model)
     text, vae = load_text_encoder(folder, dtype, device, args.offload_text), load_vae(folder, dtype, device)
+    say_cut(process, prompts, text, 'the text encoder')
     rewards, reward_weights = load_rewards(args, device)
     net, steps, chunk, shift = load_generator(folder, args.init, 'causal')
     chunk = args.chunk or chunk

@@ -26,7 +26,12 @@ Data are the endpoints of ODE trajectories, so no stage needs real videos.
 
 Differs from DMD2: no GAN loss; from the public code: a direction that is not a number stops the run instead of being
 set to zero; one random step for all samples of an update, as Self Forcing has it (RAVEN: one for each sample). A step
-is one generator update here; the public scripts count critic updates.
+is one generator update here; the public scripts count critic updates. RAVEN's public code rounds the timesteps, to 1000,
+938, 833, 625; here they are 1000, 937.5, 833.33, 625. Self Forcing's public code lets later chunks' losses reach earlier
+chunks' noisy keys through its cache (7 to 14 % of the weight gradient), here the history is the constant that the paper
+has; its score networks keep shift 8 and a sigma above 0 at t = 0, slips of at most 6 % of the direction. CausVid has no
+EMA, here its default is Self Forcing's. The bidirectional student's settings are Self Forcing's with RAVEN's guidance:
+Reward-Forcing gives none for that stage.
 
     python distill_dmd.py --out runs/student                                             # tiny model, CPU, minutes
     python distill_dmd.py --student causal --history raven --init runs/ode/model.safetensors --out runs/raven
@@ -45,7 +50,7 @@ from wan_causal import (EMA, FRAMES, NEGATIVE_PROMPT, Help, InputError, Parser, 
                         latent_frames, latent_motion, latent_shape, load_dit, load_generator, load_image_reward,
                         load_text_encoder, load_vae, number, parse_known, parse_stage, processes, read_prompts,
                         recorded_rollout, refuse_unused, reward_gradient, rollout, run_script, sample_generators,
-                        sample_numbers, shift_sigma, shuffled, trainable, training_flags, whole, x0_from_v)
+                        sample_numbers, say_cut, shift_sigma, shuffled, trainable, training_flags, whole, x0_from_v)
 
 # The settings of the papers, as far as they differ: the flags' defaults for each history.
 # Guidance in the usual formula: CausVid's 3.5 and Self Forcing's 3.0 multiply (cond - uncond) on top of cond.
@@ -254,6 +259,7 @@ def train(args, process):
     # --- models
     folder = find_folder(args.model)
     text, vae = load_text_encoder(folder, dtype, device, args.offload_text), load_vae(folder, dtype, device)
+    say_cut(process, prompts, text, 'the text encoder')
     vae.decoder.checkpointing = args.checkpointing
     reward = frame_reward(load_image_reward(args.reward_model, device)) if args.reward_weight else None
     net, steps, chunk, shift = load_generator(folder, args.init, args.student, args.shift)

@@ -31,6 +31,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import unicodedata
 from pathlib import Path
 
 import imageio
@@ -58,6 +59,8 @@ VBENCH = {  # dimension: (group, min, max, weight)
 TINY = {  # the tiny world's: how well what is seen is drawn, and the shares of videos that show what the caption says
     'shape_iou': ('quality', 0, 1, 1), 'texture_correlation': ('quality', 0, 1, 1), 'steadiness': ('quality', 0, 1, 1),
     **dict.fromkeys(('colour', 'texture', 'shape', 'motion', 'background'), ('semantic', 0, 1, 1))}
+CUSTOM = ('subject_consistency', 'background_consistency', 'motion_smoothness', 'dynamic_degree', 'aesthetic_quality',
+          'imaging_quality')  # need no prompt: of any video, as VBench's custom input has it
 NATIVE = ('subject_consistency', 'background_consistency', 'temporal_flickering', 'aesthetic_quality',
           'appearance_style')
 OVER_FRAMES = ('subject_consistency', 'background_consistency', 'appearance_style')  # others: mean over videos
@@ -308,6 +311,8 @@ def sample_flags(p):
 def score_flags(p):
     p.add_argument('--out', default='runs/vbench', help='the folder that `sample` left, and of the results')
     p.add_argument('--videos', metavar='FOLDER', help='default: OUT/videos')
+    p.add_argument('--custom', action='store_true', help='score every .mp4 in --videos, whatever its prompt, for the '
+                                                         'dimensions that need none (VBench\'s custom input)')
     p.add_argument('--filtered', metavar='FOLDER', help='for temporal flickering, the static videos alone, as `vbench '
                                                         'static_filter` left them (default: static or not)')
     p.add_argument('--full-info', metavar='FILE', help='VBench_full_info.json (default: what `sample` left, else the '
@@ -392,6 +397,10 @@ def sample(args):
     videos = {name: {'prompt': texts[n], 'seed': 1_000_000 * args.seed + 1000 * n + i}
               for name, (n, i) in names.items()}
     record(out, entries, videos, args.generate)
+    if len({name.lower() for name in videos}) < len(videos) and (out / 'SAMPLES.json').exists():
+        twice = sorted(videos, key=str.lower)
+        a, b = next((a, b) for a, b in zip(twice, twice[1:]) if a.lower() == b.lower())
+        raise InputError(f'{out} lies on a disk that cannot tell {a!r} from {b!r}: take an --out on another one')
     jobs = [json.dumps({**video, 'out': str(out / 'videos' / name)}) for name, video in videos.items()]
     replace_file(out / 'jobs.jsonl', lambda temporary: temporary.write_text('\n'.join(jobs)), RANK)
     generate = Path(__file__).with_name('generate.py')
@@ -419,8 +428,12 @@ def videos_to_score(args, entries, dimensions):
     jobs = []
     for dimension in dimensions:
         filtered = args.filtered if dimension == 'temporal_flickering' else None
-        mine = [(dimension, Path(filtered or folder) / f'{entry["prompt_en"]}-{i}.mp4', entry)
-                for entry in entries if dimension in entry['dimension'] for i in range(args.samples)]
+        there = {unicodedata.normalize('NFC', path.name): path for path in Path(filtered or folder).glob('*.mp4')}
+        names = [(dimension, f'{entry["prompt_en"]}-{i}.mp4', entry) for entry in entries
+                 if dimension in entry['dimension'] for i in range(1 if args.custom else args.samples)]
+        # a Mac's disk keeps names decomposed
+        mine = [(dimension, entry.get('file') or there.get(unicodedata.normalize('NFC', name), folder / name), entry)
+                for dimension, name, entry in names]
         found = [job for job in mine if job[1].is_file()]
         missing = [job[1] for job in mine if not job[1].is_file()]
         if missing and not (filtered and found):  # the filter may keep fewer than 5 of a prompt
@@ -480,7 +493,7 @@ def score_with_vbench(args, dimensions):
                 args.vbench_python, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node',
                 str(args.vbench_gpus), '-m', 'vbench.launch.evaluate', '--videos_path', args.videos or
                 str(Path(args.out) / 'videos'), '--dimension', dimension, '--full_json_dir', str(args.full_info),
-                '--output_path', folder])
+                '--output_path', folder, *(['--mode', 'custom_input'] if args.custom else [])])
             files = list(Path(folder).glob('*_eval_results.json'))
             if done.returncode or len(files) != 1:
                 raise InputError(f'VBench failed on {dimension} (exit code {done.returncode}): its messages are above')
@@ -492,8 +505,15 @@ def score_with_vbench(args, dimensions):
 def check_scoring(args):
     """(entries, dimensions to score, those of them for VBench); whatever is not there is said before any work."""
     left = Path(args.out) / 'full_info.json'
-    args.full_info = args.full_info or (left if left.is_file() else installed_list())
-    entries = read_suite(args.full_info)
+    if args.custom:
+        files = sorted(path for path in Path(args.videos or '').iterdir() if path.suffix.lower() == '.mp4') \
+            if Path(args.videos or '').is_dir() and args.videos else []
+        if not files or args.full_info or args.filtered:
+            raise InputError('--custom needs --videos, a folder with .mp4 files, and neither --full-info nor --filtered')
+        entries = [{'prompt_en': path.stem, 'dimension': list(CUSTOM), 'file': path} for path in files]
+    else:
+        args.full_info = args.full_info or (left if left.is_file() else installed_list())
+        entries = read_suite(args.full_info)
     dimensions = chosen(args, entries)
     others = [name for name in dimensions if name not in NATIVE and name not in TINY]
     if others and args.dimensions and not args.vbench_python:

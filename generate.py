@@ -27,12 +27,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from wan_causal import (MAX_POSITION, NEGATIVE_PROMPT, PIXELS, Help, InputError, Parser, check_video, check_writable,
-                        chunk_sizes, compute_dtype, find_folder, first_line, format_steps, frames_in, gaussian,
-                        latent_frames, load_checkpoint, load_dit, load_text_encoder, load_vae, machine_flags,
+from wan_causal import (MAX_POSITION, NEGATIVE_PROMPT, PIXELS, VIDEO, Help, InputError, Parser, check_video,
+                        check_writable, chunk_sizes, compute_dtype, find_folder, first_line, format_steps, frames_in,
+                        gaussian, latent_frames, load_checkpoint, load_dit, load_text_encoder, load_vae, machine_flags,
                         model_defaults, number, ode_trajectory, parse_stage, peak_memory, processes, read_lines,
                         refuse_unused, replacing, require, rollout, rope_table, run_script, saved_number, saved_steps,
-                        seeded, set_threads, sigma_schedule, tiny_model, to_frames, warped_steps, whole, writing)
+                        say_cut, seeded, set_threads, sigma_schedule, tiny_model, to_frames, warped_steps, whole,
+                        writing)
 
 
 def parse_args(argv=None):
@@ -362,7 +363,7 @@ def generate(parts, args, prompt, seed, path, process, negative, init):
 
     pieces = overlapping(clock, vae, args, rolled) if args.overlap else decoded(clock, vae, rolled(init, args.frames))
     with replacing(path) as temporary:
-        with imageio.get_writer(temporary, fps=args.fps, quality=8, macro_block_size=2) as writer, \
+        with imageio.get_writer(temporary, fps=args.fps, quality=8, **VIDEO) as writer, \
                 ThreadPoolExecutor(1) as side, \
                 tqdm(total=args.frames, unit='frame', desc=path.name[:30], disable=args.quiet) as bar:
             written = ()
@@ -409,6 +410,7 @@ def main():
         model = model.to(process.device, dtype).eval()
         vae = load_vae(folder, dtype, process.device)
         text = load_text_encoder(folder, dtype, process.device, args.offload_text)
+        say_cut(process, [prompt for prompt, *_ in jobs], text, 'the text encoder')
 
         args.timesteps = args.timesteps or saved_steps(metadata) or (None if args.bidirectional else warped_steps())
         args.chunk = args.chunk or saved_number(metadata, 'chunk', 3, int)

@@ -14,6 +14,8 @@ train   each chunk of frames draws one of the K + 1 states (the last one is clea
 
 The solver's grid contains the student's timesteps exactly, at the student's shift. Differs from the public scripts,
 which solve at shift 8 and keep states at t = 1000, 960, 889, 727, while the student runs at 1000, 937.5, 833.3, 625.
+Reward-Forcing speaks of all timesteps; the K + 1 states of the student's are kept here, as in CausVid. The loss is
+averaged within each sample first, in the public code over all noisy frames of the batch at once.
 
     python ode_init.py sample --out runs/trajectories && \\
     python ode_init.py train --data runs/trajectories --init runs/student/model.safetensors --out runs/ode  # tiny, CPU
@@ -34,8 +36,8 @@ from wan_causal import (EMA, FRAMES, NEGATIVE_PROMPT, PIXELS, SEED, Help, InputE
                         find_folder, format_steps, gaussian, latent_shape, load_checkpoint, load_dit,
                         load_text_encoder, load_vae, machine_flags, number, ode_trajectory, parse_stage, processes,
                         read_prompts, refuse_unused, replace_file, require, run_script, sample_generators,
-                        sample_numbers, saved_steps, set_threads, shift_sigma, shuffled, tiny_model, trainable,
-                        training_flags, warped_steps, whole, write_tensors, x0_from_v)
+                        sample_numbers, saved_steps, say_cut, set_threads, shift_sigma, shuffled, tiny_model,
+                        trainable, training_flags, warped_steps, whole, write_tensors, x0_from_v)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -140,6 +142,7 @@ def sample(args, process):
     model = load_dit(folder, dtype, device).eval()
     set_threads(model, device)
     text = load_text_encoder(folder, dtype, device, args.offload_text)
+    say_cut(process, prompts, text, 'the text encoder')
     shape = latent_shape(args, model.config)
     negative = text([args.negative])
 

@@ -1,7 +1,7 @@
 """Stage: reward forcing: a causal few-step generator learns texture from an image reward on its own rollouts.
 
-Paper: Reward-Forcing 3.2 (loss), 3.4 and B (settings), 5.2 (which frames); rollout of Self Forcing (arXiv 2506.08009);
-ImageReward (2304.05977).
+Paper: Reward-Forcing (arXiv 2601.16933; not 2512.04678, another paper of nearly the same name) 3.2 (loss), 3.4 and B
+(settings), 5.2 (which frames); rollout of Self Forcing (2506.08009); ImageReward (2304.05977).
 
 One step:
   1. roll out a video chunk by chunk with the KV cache, as at inference; every chunk stops at a shared exit step
@@ -15,7 +15,7 @@ No teacher, no critic, no data but prompts.
   G_theta      generator            R            reward
   x^_T         video[:, :, -1]      z            noise
 
-Where the paper is silent: exit step drawn at random (Self Forcing), no warm-up, 600 steps, gradients clipped at 10.
+"Random frames" are one frame for each update. Where the paper is silent: exit step drawn at random (Self Forcing), no warm-up, 600 steps, gradients clipped at 10.
 What the decoder remembers of the latent frames before a rewarded one is a constant, so that its graph does not grow
 with the video; the rest holds four fifths of the squared gradient in the tiny world.
 
@@ -32,16 +32,18 @@ from wan_causal import (EMA, Help, InputError, Parser, Run, block_causal, chunk_
                         find_folder, format_steps, frame_reward, gaussian, latent_frame, latent_motion, latent_shape,
                         load_function, load_generator, load_image_reward, load_text_encoder, load_vae, parse_stage,
                         processes, read_prompts, refuse_unused, reward_gradient, rollout, run_script,
-                        sample_generators, sample_numbers, shuffled, trainable, training_flags, whole)
+                        sample_generators, sample_numbers, say_cut, shuffled, trainable, training_flags, whole)
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Rewards
 
-def load_reward(args, device):
+def load_reward(args, process, prompts):
     """The reward that --reward names: 'imagereward', or `module:function` of the user's own."""
     if args.reward == 'imagereward':
-        return frame_reward(load_image_reward(args.reward_model, device))
+        model = load_image_reward(args.reward_model, process.device)
+        say_cut(process, prompts, model, 'ImageReward')
+        return frame_reward(model)
     return load_function(args.reward, '--reward', 'imagereward')
 
 
@@ -91,7 +93,8 @@ def train(args, process):
     # --- models
     folder = find_folder(args.model)
     text, vae = load_text_encoder(folder, dtype, device, args.offload_text), load_vae(folder, dtype, device)
-    reward = load_reward(args, device)
+    say_cut(process, prompts, text, 'the text encoder')
+    reward = load_reward(args, process, prompts)
     vae.decoder.checkpointing = args.checkpointing
     net, steps, chunk, shift = load_generator(folder, args.init, 'causal')
     generator = process.wrap(trainable(net, args, device, dtype))

@@ -35,7 +35,7 @@ import shutil
 import sys
 import time
 import unicodedata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -1227,6 +1227,13 @@ def clean_text(text):
     return re.sub(r'\s+', ' ', unicodedata.normalize('NFC', text)).strip()
 
 
+def say_cut(process, prompts, reader, name):
+    """Say how many prompts are longer than what `reader`, a TextEncoder or an ImageReward, takes of them."""
+    count = sum(len(ids) > reader.text_len for ids in reader.tokenizer([clean_text(p) for p in prompts]).input_ids)
+    if count:
+        process.print(f'{count} of {len(prompts)} prompts are cut at the {reader.text_len} tokens that {name} reads')
+
+
 class TextEncoder:
     """UMT5 encoder and tokenizer: prompts -> (B, text_len, text_dim), rows past each prompt's length zero.
 
@@ -1288,6 +1295,7 @@ class ImageReward(nn.Module):
     sizes: see REWARD_SIZES; `mean` and `std` standardise the head's output (defaults: ImageReward v1.0's).
     The published scores are standardised so too: about 0 is average, and most images lie between -2 and 2.
     """
+    text_len = 35  # tokens of a prompt
 
     def __init__(self, tokenizer=None, mean=0.16717362830052426, std=1.0333394966054072, **sizes):
         from transformers import BlipVisionConfig, BlipVisionModel
@@ -1331,7 +1339,7 @@ class ImageReward(nn.Module):
 
     def tokenize(self, prompts):
         """list of B str -> token ids and mask (B, 35)."""
-        words = self.tokenizer(list(prompts), padding='max_length', truncation=True, max_length=35,
+        words = self.tokenizer(list(prompts), padding='max_length', truncation=True, max_length=self.text_len,
                                return_tensors='pt').to(self.text.device)
         return words.input_ids, words.attention_mask
 
@@ -1544,7 +1552,11 @@ def read_json(path, kind=None):
     return content
 
 
-def find_folder(name, patterns=None):
+DIT_FILES, VAE_FILES = ['diffusion_pytorch_model*', 'transformer/*'], ['Wan2.1_VAE.pth', 'vae/*']
+TEXT_FILES = ['models_t5_umt5-xxl-enc-bf16.pth', 'google/umt5-xxl/*', 'text_encoder/*', 'tokenizer/*']
+
+
+def find_folder(name, patterns=(*DIT_FILES, *VAE_FILES, *TEXT_FILES)):
     """--model: a folder, or a hub repository (owner/name), whose files that match `patterns` are downloaded."""
     path = Path(name)
     if path.is_dir():
@@ -1553,7 +1565,8 @@ def find_folder(name, patterns=None):
         raise InputError(f'no model folder {name}: give a folder, or a hub repository such as '
                          'Wan-AI/Wan2.1-T2V-1.3B')
     from huggingface_hub import snapshot_download
-    return from_hub(f'{name} is no folder here', snapshot_download, str(name), allow_patterns=patterns)
+    return from_hub(f'{name} is no folder here', snapshot_download, str(name),
+                    allow_patterns=['*.json', *patterns])
 
 
 def find_file(name):
@@ -1564,7 +1577,13 @@ def find_file(name):
             raise InputError(f'no checkpoint file {name}: give a file, or repository:path on the hub')
         return path
     from huggingface_hub import hf_hub_download
-    return from_hub(f'{name} is no file here', hf_hub_download, *str(name).split(':', 1))
+    repository, file = str(name).split(':', 1)
+    found = from_hub(f'{name} is no file here', hf_hub_download, repository, file)
+    if 'lora' in file.lower() or 'adapter' in file.lower():  # what PEFT says of an adapter lies beside it, if at all
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+        with contextlib.suppress(EntryNotFoundError, LocalEntryNotFoundError):
+            hf_hub_download(repository, str(PurePosixPath(file).with_name('adapter_config.json')))
+    return found
 
 
 def from_hub(what, download, *args, **kwargs):
@@ -1621,7 +1640,7 @@ def load_config(folder):
 @loads('the DiT')
 def load_dit(name, dtype=torch.float32, device='cpu'):
     """The DiT of a model folder or hub repository."""
-    folder = find_folder(name, ['*.json', 'diffusion_pytorch_model*', 'transformer/*'])
+    folder = find_folder(name, DIT_FILES)
     with torch.device('meta'):
         model = WanModel(load_config(folder))
     state = read_folder(folder / 'transformer' if is_diffusers(folder) else folder)
@@ -1631,7 +1650,7 @@ def load_dit(name, dtype=torch.float32, device='cpu'):
 @loads('the VAE')
 def load_vae(name, dtype=torch.float32, device='cpu'):
     """The VAE of a model folder or hub repository; sizes as the weights say."""
-    folder = find_folder(name, ['*.json', 'Wan2.1_VAE.pth', 'vae/*'])
+    folder = find_folder(name, VAE_FILES)
     statistics = {}
     if is_diffusers(folder):
         raw = read_json(folder / 'vae/config.json')
@@ -1670,7 +1689,7 @@ def load_text_encoder(name, dtype=torch.float32, device='cpu', offload=False):
     """The UMT5 encoder and tokenizer of a model folder or hub repository, as a `TextEncoder`."""
     from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
     file = 'models_t5_umt5-xxl-enc-bf16.pth'
-    folder = find_folder(name, ['*.json', file, 'google/umt5-xxl/*', 'text_encoder/*', 'tokenizer/*'])
+    folder = find_folder(name, TEXT_FILES)
     # By tokenizer.json, not AutoTokenizer: the T5Tokenizer that Wan's config names has another unknown word.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(
         folder / ('tokenizer' if is_diffusers(folder) else 'google/umt5-xxl'))
@@ -1940,6 +1959,12 @@ def replace_file(path, write, mark=''):
     """write(temporary path), then rename; mark: of this process, where several write the same file."""
     with replacing(path, mark) as temporary:
         write(temporary)
+
+
+# How videos are written: the colours' matrix is named, or players would guess another one.
+VIDEO = dict(macro_block_size=2, output_params=[
+    '-vf', 'scale=out_color_matrix=bt709:out_range=tv', '-color_range', 'tv', '-colorspace', 'bt709',
+    '-color_primaries', 'bt709', '-color_trc', 'bt709'])
 
 
 def frames_in(path):
@@ -2597,7 +2622,7 @@ class Run:
             video = vae.decode(torch.cat([chunk.x0 for chunk in rolled], dim=2))
             frames = to_frames(video[0])
             with replacing(folder / f'{i}.mp4') as temporary:
-                imageio.mimwrite(temporary, frames, fps=16, macro_block_size=2)
+                imageio.mimwrite(temporary, frames, fps=16, **VIDEO)
                 check_video(temporary, len(frames))
             yield prompts[i], video
 

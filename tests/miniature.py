@@ -59,7 +59,7 @@ CLAIMS = [  # what the papers say: (words, left figure, right figure, factor): l
     ('all frames cost motion', 'reward path', 'reward_all path', 1),
     ('reward forcing beats reward + distillation', 'reward reward', 'distill_reward reward', 1),
     ('RAVEN is better than Self Forcing', 'raven reward', 'self_forcing reward', 1),
-    ('also late in a long video', 'raven last_reward', 'self_forcing last_reward', 1),
+    ('also late in a long video (our question: the paper has none)', 'raven last_reward', 'self_forcing last_reward', 1),
     ('Self Forcing is better than CausVid', 'self_forcing reward', 'causvid reward', 1),
     ('later chunks weighted more help', 'raven last_reward', 'raven_uniform last_reward', 1),
     ('CM-GRPO raises the reward of RAVEN', 'raven_cm reward', 'raven_chunk1 reward', 1),

@@ -616,6 +616,34 @@ def test_extended_prompts_are_named_by_the_original(tmp_path):
     assert frames_apart(tmp_path / "same.mp4", tmp_path / "out/videos/a red cat-0.mp4") < 1
 
 
+def test_any_folder_of_videos_is_scored_without_prompts(networks, tmp_path):
+    """As VBench's custom input: the mean over frames of all videos in the folder."""
+    (tmp_path / "mine").mkdir()
+    for n, name in enumerate(("one.mp4", "Some other film.mp4")):
+        imageio.mimwrite(tmp_path / "mine" / name, synthetic(n, 3 + n), fps=16, macro_block_size=1,
+                         pixelformat="yuv444p")
+    flags = ["--custom", "--videos", tmp_path / "mine", "--out", tmp_path / "out", *scoring(networks)[2:]]
+    code, _, err = call("score", *flags, "--dimensions", "subject_consistency")
+    assert code == 0, err
+    total, rows = json.loads((tmp_path / "out/results/subject_consistency_eval_results.json").read_text())[
+        "subject_consistency"]
+    assert [Path(row["video_path"]).name for row in rows] == ["Some other film.mp4", "one.mp4"]
+    a, b = (row["video_results"] for row in rows)
+    assert total == pytest.approx((3 * a + 2 * b) / 5)  # of 3 and 2 pairs of frames
+    code, _, err = call("score", *flags, "--dimensions", "scene")
+    assert code == 2 and "no prompt of this suite is for it" in err
+    code, _, err = call("score", "--custom", "--out", tmp_path / "out", "--device", "cpu")
+    assert code == 2 and "--custom needs --videos" in err
+
+
+def test_names_that_a_disk_keeps_decomposed_are_found(tmp_path):
+    entry = {"prompt_en": "a caf\u00e9", "dimension": ["subject_consistency"]}
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "a cafe\u0301-0.mp4").touch()
+    args = argparse.Namespace(videos=None, out=tmp_path, filtered=None, custom=False, samples=1)
+    assert [job[1].name for job in ev.videos_to_score(args, [entry], ["subject_consistency"])] == ["a cafe\u0301-0.mp4"]
+
+
 @pytest.mark.parametrize("verb", ["sample", "score", "table"])
 def test_help_of_each_verb(verb):
     code, out, _ = call(verb, "--help")

@@ -1,4 +1,6 @@
 """generate.py as a user runs it: real subprocesses, real files."""
+import subprocess
+
 import imageio
 import numpy as np
 import pytest
@@ -109,6 +111,18 @@ def test_pictures_of_every_kind_to_start_from(tmp_path):
         frames = generate.read_frames(file, 64, 64, limit=5)
         assert frames.shape == (1, 3, 1, 64, 64)
         assert (frames[0, :, 0] - expected).abs().max() < 0.02, file
+
+
+def test_a_video_names_its_colour_matrix(tmp_path):
+    """Red comes back as red, by the matrix that the file names, which is the one of such pictures."""
+    import imageio_ffmpeg
+    red = np.zeros((4, 64, 64, 3), np.uint8)
+    red[..., 0] = 255
+    imageio.mimwrite(tmp_path / "red.mp4", red, fps=16, quality=8, **wc.VIDEO)
+    said = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-i", tmp_path / "red.mp4"], capture_output=True, text=True).stderr
+    assert "yuv420p(tv, bt709" in said
+    seen = read(tmp_path / "red.mp4").reshape(-1, 3).astype(int)
+    assert abs(seen - [255, 0, 0]).max() <= 4
 
 
 def test_16_bits_and_transparency(tmp_path):

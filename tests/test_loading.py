@@ -590,6 +590,41 @@ def test_unknown_model(name):
         wc.find_folder(name)
 
 
+def test_a_hub_repository_in_the_cache_works_offline(tmp_path, monkeypatch):
+    """In the hub's own layout; only the files that are read are there, and an adapter's config is found beside it."""
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+
+    def cached(name):
+        folder = tmp_path / f"models--some-one--{name}"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs/main").write_text(commit)
+        (folder / "snapshots" / commit).mkdir(parents=True)
+        return folder / "snapshots" / commit
+    dit, _ = write_original(cached("wan"))
+    assert same(wc.load_dit("some-one/wan"), dit.state_dict())
+    assert wc.find_folder("some-one/wan") == tmp_path / "models--some-one--wan/snapshots" / commit
+    pairs, _ = lora_pairs(state_of(), [V])
+    folder = cached("lora")
+    save_file({f"{V}.lora_{s}.weight": x for s, x in zip("AB", pairs[V])}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(PEFT))
+    model = random_dit()
+    wc.load_checkpoint(model, "some-one/lora:adapter_model.safetensors", onto=True)
+    A, B = pairs[V]
+    torch.testing.assert_close(model.state_dict()[f"{V}.weight"], state_of()[f"{V}.weight"] + 2 * B @ A)
+
+
+def test_how_many_prompts_are_cut_is_said(capsys):
+    text = wc.load_text_encoder(ROOT / "tests/tiny")
+    process = wc.Process(0, 1, torch.device("cpu"))
+    wc.say_cut(process, ["a red circle", "red " * 40, "blue " * 31], text, "the text encoder")
+    assert capsys.readouterr().out == "1 of 3 prompts are cut at the 32 tokens that the text encoder reads\n"
+    wc.say_cut(process, ["a red circle"], text, "the text encoder")
+    assert capsys.readouterr().out == ""
+
+
 def test_the_hub_out_of_reach():
     with pytest.raises(wc.InputError, match="nobody-here/nothing is no folder here, and the hub did not give it"):
         wc.find_folder("nobody-here/nothing")
