@@ -1531,7 +1531,7 @@ def read_text(path):
     try:
         text = Path(path).read_text(encoding='utf-8-sig')
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f'cannot read the text file {path}: {error}') from error
+        raise InputError(f'cannot read {path}: {getattr(error, "strerror", None) or error}') from error
     if text.startswith('version https://git-lfs'):
         raise InputError(f'{path} is a Git-LFS pointer, not the file itself: fetch it with git lfs pull')
     if '\0' in text:
@@ -1548,7 +1548,8 @@ def read_json(path, kind=None):
     except ValueError as error:
         raise InputError(f'cannot read {path} as JSON: {error}') from error
     if kind and not isinstance(content, kind):
-        raise InputError(f'{path} must hold a {kind.__name__}, not {json.dumps(content)[:40]}')
+        what = {dict: 'an object {"name": value}', list: 'a list'}[kind]
+        raise InputError(f'{path} must hold {what}, not {json.dumps(content)[:40]}')
     return content
 
 

@@ -1,4 +1,5 @@
 """eval_vbench.py: its constants, each dimension against a second computation, and the script as a user runs it."""
+import argparse
 import contextlib
 import gzip
 import hashlib
@@ -8,6 +9,7 @@ import math
 import os
 import sys
 import time
+from pathlib import Path
 
 import imageio
 import numpy as np

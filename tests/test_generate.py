@@ -217,7 +217,7 @@ BAD = [
     ([PROMPT, "--init", "README.md", "--checkpoint", "CAUSAL"], "cannot be read as an image or a video"),
     ([PROMPT, "--init", "README.md", "--bidirectional"], "need a causal generator"),
     ([], "empty prompt"), ([""], "empty prompt"), (["  "], "empty prompt"),
-    (["--prompts", "nothing.txt"], "cannot read the text file nothing.txt"),
+    (["--prompts", "nothing.txt"], "cannot read nothing.txt: No such file"),
     (["--jobs", "README.md"], 'README.md must hold lines such as {"prompt": "a cat", "seed": 0, "out": "cat.mp4"}'),
     ([PROMPT, "--jobs", "jobs.jsonl"], "give prompts or --jobs, not both"),
     ([PROMPT, PROMPT, "--out", "OUT/x.mp4"], "is one file, but there are 2 prompts"),
