@@ -166,14 +166,15 @@ def named_weight(text):
     return text
 
 
-def load_rewards(args, device):
+def load_rewards(args, process, prompts):
     """--rewards name=weight ... -> ([(name, callable)], weights (kinds,))."""
-    rewards, weights, clip = [], [], None
+    rewards, weights, clip, device = [], [], None, process.device
     for item in args.rewards:
         name, _, weight = item.partition('=')
         weights.append(float(weight or 1))
         if name == 'imagereward':
             model = load_image_reward(args.reward_model, device)
+            say_cut(process, prompts, model, 'ImageReward')
             rewards.append((name, lambda video, prompts: torch.stack(
                 [model.score(frame, prompts) for frame in some_frames(video)]).mean(0)))
         elif name in ('motion', 'smoothness'):
@@ -337,7 +338,7 @@ def train(args, process):
     folder = find_folder(args.model)
     text, vae = load_text_encoder(folder, dtype, device, args.offload_text), load_vae(folder, dtype, device)
     say_cut(process, prompts, text, 'the text encoder')
-    rewards, reward_weights = load_rewards(args, device)
+    rewards, reward_weights = load_rewards(args, process, prompts)
     net, steps, chunk, shift = load_generator(folder, args.init, 'causal')
     chunk = args.chunk or chunk
     net = trainable(net, args, device, dtype)

@@ -471,6 +471,8 @@ def score(args, process, entries, dimensions):
         frames = read_video(path)
         for i in of_video[path]:
             values = scorers[jobs[i][0]](frames, jobs[i][2]).double()
+            if not values.isfinite().all():
+                raise InputError(f'{jobs[i][0]} of {path} is not finite: the scorer\'s weights are damaged')
             sums[i, 0], sums[i, 1] = values.sum(), len(values)
     sums = process.gather(sums).sum(0)  # every row has been filled by one process
 

@@ -567,7 +567,7 @@ def test_sharded_diffusers_layout(tmp_path):
     (lambda d: torch.save(3, d / "Wan2.1_VAE.pth"), "cannot load the VAE of .*wan"),
     (lambda d: torch.save({"a": torch.ones(1)}, d / "models_t5_umt5-xxl-enc-bf16.pth"), "cannot load the text encoder"),
     (lambda d: torch.save(3, d / "models_t5_umt5-xxl-enc-bf16.pth"), "cannot load the text encoder"),
-    (lambda d: (d / "config.json").write_text("[]"), "config.json must hold an object, not"),
+    (lambda d: (d / "config.json").write_text("[]"), "config.json must hold an object"),
     (lambda d: (d / "config.json").write_text(json.dumps({**SMALL, "in_dim": 36})), "reads 36 channels and predicts 16"),
     (lambda d: (d / "high_noise_model").mkdir(), "two experts"),
     (lambda d: (d / "model_index.json").write_text('{"boundary_ratio": 0.9}'), "two experts"),
