@@ -203,14 +203,16 @@ def parse_args(argv=None):
     g.add_argument('--history', choices=list(SETTINGS)[1:],
                    help='of the causal student, and only there (default: self-forcing)')
     g.add_argument('--init', metavar='FILE', help='weights that the student starts from (default: --model)')
-    g.add_argument('--chunk', type=whole(1), help='latent frames per chunk; 1 is frame-wise (default: as --init, else 3)')
+    g.add_argument('--chunk', type=whole(1),
+                   help='latent frames per chunk; 1 is frame-wise (default: as --init, else 3)')
     g.add_argument('--data', default='runs/trajectories', metavar='FOLDER',
                    help='ODE trajectories, for the histories that need data')
     g.add_argument('--rollout-frames', type=FRAMES, metavar='N',
                    help='self-forcing: roll out this many video frames, and train the last --frames of them')
     g = p.add_argument_group('distribution matching')
     g.add_argument('--teacher', help='the Wan model of the real score, e.g. the 14B one (default: --model)')
-    g.add_argument('--shift', type=number(above=0), help='timestep shift of the scores, and of the student unless --init says')
+    g.add_argument('--shift', type=number(above=0),
+                   help='timestep shift of the scores, and of the student unless --init says')
     g.add_argument('--guidance', type=number(), help='of the real score, usual formula; 1 is off')
     g.add_argument('--negative', default=NEGATIVE_PROMPT, help='negative prompt of the real score')
     g.add_argument('--ratio', type=whole(1), help='critic updates per generator update')

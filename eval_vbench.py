@@ -301,8 +301,10 @@ def sample_flags(p):
     g.add_argument('--held-out', metavar='FILE', help='captions of the tiny world (default: the tiny model\'s)')
     g.add_argument('--extended', metavar='FILE', help='what the generator is given instead: a line for each entry')
     g.add_argument('--dimensions', nargs='+', metavar='NAME', help='only the prompts for these (default: all)')
-    g.add_argument('--samples', type=whole(1, 200), default=5, help='videos per prompt, and 5 times as many for flickering')
-    g.add_argument('--seed', type=whole(0, 1 << 40), default=0, help='sample i of entry n has the seed 10^6 seed + 1000 n + i')
+    g.add_argument('--samples', type=whole(1, 200), default=5,
+                   help='videos per prompt, and 5 times as many for flickering')
+    g.add_argument('--seed', type=whole(0, 1 << 40), default=0,
+                   help='sample i of entry n has the seed 10^6 seed + 1000 n + i')
     g.add_argument('--out', default='runs/vbench', help='the folder of videos and results')
     g.add_argument('--model', default=tiny_model(), help='the Wan model: a folder or hub repository')
     p.epilog = 'What follows -- are flags of generate.py: -- --checkpoint FILE --window 21'

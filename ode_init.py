@@ -106,7 +106,8 @@ def parse_args(argv=None):
         p.add_argument('--height', type=PIXELS, default=480, help='pixels, a multiple of 16')
         p.add_argument('--width', type=PIXELS, default=832, help='pixels, a multiple of 16')
         p.add_argument('--steps', type=whole(1), default=48, help='Euler steps')
-        p.add_argument('--shift', type=number(above=0), default=5.0, help='timestep shift, which must be the student\'s')
+        p.add_argument('--shift', type=number(above=0), default=5.0,
+                       help='timestep shift, which must be the student\'s')
         p.add_argument('--guidance', type=number(), default=6.0, help='classifier-free guidance, 1 is off')
         p.add_argument('--negative', default=NEGATIVE_PROMPT, help='negative prompt')
         p.add_argument('--batch', type=whole(1), default=1, help='trajectories solved at once')

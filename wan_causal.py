@@ -1886,11 +1886,18 @@ def save_checkpoint(path, state, **metadata):
     """Write tensors to a safetensors file, whole or not at all: under a temporary name, then renamed.
 
     metadata: stage, kind ('causal' or 'bidirectional'), timesteps, shift, chunk, config, ...; a WanConfig or a list
-    becomes JSON. Read back by `load_checkpoint` and checked by `require`.
+    becomes JSON. Read back by `load_checkpoint` and checked by `require`. Weights that are not finite: InputError.
     """
+    check_finite(state, f'the weights for {path} are not finite; try a lower --lr')
     text = {key: json.dumps(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value)
             if not isinstance(value, str) else value for key, value in metadata.items()}
     replace_file(Path(path), lambda temporary: write_tensors(temporary, state, text))
+
+
+def check_finite(state, sentence):
+    """Tensors, nested in any way, all of which must be finite."""
+    if not all(x.isfinite().all() for x in tree_leaves(state) if torch.is_tensor(x)):
+        raise InputError(sentence)
 
 
 def write_tensors(path, state, metadata):
@@ -2232,9 +2239,9 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message.removeprefix('argument ') + f'; {self.prog} --help shows the flags')
 
     def parse_known_args(self, args=None, namespace=None):
-        args = [re.sub(r'^(--[\w-]+=)?~/', rf'\1{Path.home()}/', word) for word in
-                (sys.argv[1:] if args is None else args)]
-        return super().parse_known_args(args, namespace)
+        words = sys.argv[1:] if args is None else args
+        words = [re.sub(r'^(--[\w-]+=)?(~/.*)', lambda m: (m[1] or '') + os.path.expanduser(m[2]), w) for w in words]
+        return super().parse_known_args(words, namespace)
 
 
 def number(low=None, high=None, above=None, below=None, kind=float, step=None):
@@ -2292,7 +2299,8 @@ def training_flags(p, **paper):
     g.add_argument('--beta1', type=number(0, below=1), default=0.0, help='of AdamW; beta2 is 0.999')
     g.add_argument('--weight-decay', type=number(0), default=0.01, help='of AdamW')
     g.add_argument('--grad-clip', type=number(above=0), default=10.0, help='norm to which gradients are clipped')
-    g.add_argument('--ema', type=number(0, below=1), default=0.99, help='decay of the averaged weights, which are the result')
+    g.add_argument('--ema', type=number(0, below=1), default=0.99,
+                   help='decay of the averaged weights, which are the result')
     g.add_argument('--ema-start', type=whole(0), default=0, help='step from which they are averaged')
     g.add_argument('--seed', type=SEED, default=0, help='of everything random')
     g = p.add_argument_group('files and machine')
@@ -2408,8 +2416,8 @@ def trainable(model, args, device, dtype):
 
 
 def set_threads(model, device):
-    """On a CPU a small model gets one thread, unless the environment says how many: several gain nothing there, and
-    wait for each other at every operation while another process has their cores."""
+    """On a CPU a small model gets one thread, unless the environment says how many: more would wait for each other at
+    every one of its short operations as soon as another process needs their cores (README: measured)."""
     said = {'OMP_NUM_THREADS', 'MKL_NUM_THREADS'} & set(os.environ)
     if device.type == 'cpu' and not said and sum(p.numel() for p in model.parameters()) < 10e6:
         torch.set_num_threads(1)
@@ -2597,8 +2605,7 @@ class Run:
         if self.process.rank == 0:
             content = {'step': self.step, 'settings': self.settings,
                        'parts': {name: part.state_dict() for name, part in self.parts.items()}}
-            if not all(x.isfinite().all() for x in (*result.values(), *tree_leaves(content)) if torch.is_tensor(x)):
-                raise InputError(f'the weights are not finite after step {self.step}; {self.last_good()}')
+            check_finite(content, f'the weights are not finite after step {self.step}; {self.last_good()}')
             with replacing(self.state) as temporary:
                 with open(temporary, 'wb') as file:
                     torch.save(content, file)
