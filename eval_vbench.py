@@ -41,8 +41,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from wan_causal import (CLIP_MEAN, CLIP_STD, Help, InputError, Parser, aesthetic_head, find_file, load_clip,
-                        model_defaults, number, pretrained, processes, read_json, read_lines, replace_file, run_script,
-                        tiny_model, whole)
+                        model_defaults, number, pretrained, processes, read_json, read_lines, refuse_unused,
+                        replace_file, run_script, tiny_model, whole)
 
 # ----------------------------------------------------------------------------------------------------------
 # Constants: VBench's scripts/constant.py, and the papers' tables
@@ -341,8 +341,7 @@ def table_flags(p):
 
 def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    p = Parser(description='VBench: sample its suite, score the videos, aggregate the scores.',
-                                formatter_class=Help)
+    p = Parser(description='VBench: sample its suite, score the videos, aggregate the scores.', formatter_class=Help)
     flags = {'sample': sample_flags, 'score': score_flags, 'table': table_flags}
     p.add_argument('verb', choices=flags, help='what to do; `eval_vbench.py VERB --help` shows its flags')
     verb = argv[0] if argv else None
@@ -352,6 +351,7 @@ def parse_args(argv=None):
     if verb == 'sample':
         args.held_out = args.held_out or model_defaults(args.model).get('held_out')
         args.generate = ['--model', args.model, *argv[cut + 1:]]
+    args.unused = functools.partial(refuse_unused, p, args)
     return args
 
 
@@ -496,8 +496,8 @@ def score_with_vbench(args, dimensions):
             done = subprocess.run([
                 args.vbench_python, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node',
                 str(args.vbench_gpus), '-m', 'vbench.launch.evaluate', '--videos_path', args.videos or
-                str(Path(args.out) / 'videos'), '--dimension', dimension, '--full_json_dir', str(args.full_info),
-                '--output_path', folder, *(['--mode', 'custom_input'] if args.custom else [])])
+                str(Path(args.out) / 'videos'), '--dimension', dimension, '--output_path', folder,
+                *(['--mode', 'custom_input'] if args.custom else ['--full_json_dir', str(args.full_info)])])
             files = list(Path(folder).glob('*_eval_results.json'))
             if done.returncode or len(files) != 1:
                 raise InputError(f'VBench failed on {dimension} (exit code {done.returncode}): its messages are above')
@@ -510,8 +510,7 @@ def check_scoring(args):
     """(entries, dimensions to score, those of them for VBench); whatever is not there is said before any work."""
     left = Path(args.out) / 'full_info.json'
     if args.custom:
-        files = sorted(path for path in Path(args.videos or '').iterdir() if path.suffix.lower() == '.mp4') \
-            if Path(args.videos or '').is_dir() and args.videos else []
+        files = sorted(Path(args.videos).glob('*.mp4')) if args.videos else []
         if not files or args.full_info or args.filtered:
             raise InputError('--custom needs --videos, a folder with .mp4 files, and neither --full-info nor --filtered')
         entries = [{'prompt_en': path.stem, 'dimension': list(CUSTOM), 'file': path} for path in files]
@@ -520,6 +519,12 @@ def check_scoring(args):
         entries = read_suite(args.full_info)
     dimensions = chosen(args, entries)
     others = [name for name in dimensions if name not in NATIVE and name not in TINY]
+    for used, why, flag in (
+            (args.vbench_python, 'VBench itself is not asked, see --vbench-python', 'vbench_gpus'),
+            ('temporal_flickering' in dimensions, 'temporal flickering is not scored', 'filtered'),
+            (not args.custom, 'every video of the folder is scored', 'samples')):
+        if not used:
+            args.unused(why, flag)
     if others and args.dimensions and not args.vbench_python:
         raise InputError(f'{others[0]} is scored by VBench itself: {ENVIRONMENT}')
     if 'aesthetic_quality' in dimensions and not args.aesthetic_head:

@@ -1398,8 +1398,8 @@ def loads(what):
         def wrapped(*args, **kwargs):
             try:
                 return load(*args, **kwargs)
-            except InputError:
-                raise
+            except (InputError, MemoryError, torch.OutOfMemoryError, ImportError, NameError, AssertionError):
+                raise  # a sentence already, the machine's, or a fault of the code
             except Exception as error:
                 name = next(x for x in (*args, *kwargs.values()) if isinstance(x, (str, Path)))
                 why = f'{type(error).__name__}: {first_line(error)}'

@@ -632,6 +632,10 @@ def test_any_folder_of_videos_is_scored_without_prompts(networks, tmp_path):
     assert [Path(row["video_path"]).name for row in rows] == ["Some other film.mp4", "one.mp4"]
     a, b = (row["video_results"] for row in rows)
     assert total == pytest.approx((3 * a + 2 * b) / 5)  # of 3 and 2 pairs of frames
+    for flag, words in ((("--samples", 3), "--samples 3 has no effect here: every video"),
+                        (("--vbench-gpus", 2), "--vbench-gpus 2 has no effect here")):
+        code, _, err = call("score", *flags, "--dimensions", "subject_consistency", *flag)
+        assert code == 2 and words in err
     code, _, err = call("score", *flags, "--dimensions", "scene")
     assert code == 2 and "no prompt of this suite is for it" in err
     code, _, err = call("score", "--custom", "--out", tmp_path / "out", "--device", "cpu")

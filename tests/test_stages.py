@@ -587,7 +587,7 @@ def test_a_reward_of_ones_own_is_learned(made, tmp_path):
     assert broken.returncode == 2 and "Traceback" not in broken.stderr
     assert f"reward is inf at step 3; the last good state is step 2 in {tmp_path / 'broken/state.pt'}" in \
         broken.stderr.replace("nan", "inf").replace("-inf", "inf")
-    assert wrong.returncode == 2 and "the reward returned shape ()" in wrong.stderr
+    assert wrong.returncode == 2 and "the reward wrong returned shape ()" in wrong.stderr
 
 
 def test_frame_wise_and_first_steps_of_the_whole_path(tmp_path):
