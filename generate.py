@@ -331,7 +331,8 @@ def overlapping(clock, vae, args, rolled):
 def latent_chunks(model, args, context, negative, init, frames, generator):
     """Yield clean latents (1, C, f, H/8, W/8) of `frames` video frames in order, as soon as they exist, init first."""
     new = latent_frames(frames) - (0 if init is None else init.shape[2])
-    chunks = [new] if args.bidirectional else chunk_sizes(new, args.chunk, None if init is not None else args.first_chunk)
+    first = args.first_chunk if init is None else None  # after a given start the chunks are whole ones
+    chunks = [new] if args.bidirectional else chunk_sizes(new, args.chunk, first)
     shape = (1, model.config.in_dim, new, args.height // 8, args.width // 8)
     noise = gaussian(shape, generator, generator.device)
     if args.bidirectional and not args.timesteps:

@@ -15,7 +15,8 @@ No teacher, no critic, no data but prompts.
   G_theta      generator            R            reward
   x^_T         video[:, :, -1]      z            noise
 
-"Random frames" are one frame for each update. Where the paper is silent: exit step drawn at random (Self Forcing), no warm-up, 600 steps, gradients clipped at 10.
+"Random frames" are one frame for each update. Where the paper is silent: exit step drawn at random (Self Forcing), no
+warm-up, 600 steps, gradients clipped at 10.
 What the decoder remembers of the latent frames before a rewarded one is a constant, so that its graph does not grow
 with the video; the rest holds four fifths of the squared gradient in the tiny world.
 
