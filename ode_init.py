@@ -33,11 +33,11 @@ from tqdm import tqdm
 
 from wan_causal import (EMA, FRAMES, NEGATIVE_PROMPT, PIXELS, SEED, Help, InputError, Parser, Run, Trajectories,
                         block_causal, check_writable, chunk_sizes, claim_folder, compute_dtype, draw_per_chunk,
-                        find_folder, format_steps, gaussian, latent_shape, load_checkpoint, load_dit,
-                        load_text_encoder, load_vae, machine_flags, number, ode_trajectory, parse_stage, processes,
-                        read_prompts, refuse_unused, replace_file, require, run_script, sample_generators,
-                        sample_numbers, saved_steps, say_cut, set_threads, shift_sigma, shuffled, tiny_model,
-                        trainable, training_flags, warped_steps, whole, write_tensors, x0_from_v)
+                        find_folder, format_steps, gaussian, latent_shape, load_dit, load_generator, load_text_encoder,
+                        load_vae, machine_flags, number, ode_trajectory, parse_stage, processes, read_prompts,
+                        refuse_unused, replace_file, run_script, sample_generators, sample_numbers, say_cut,
+                        set_threads, shift_sigma, shuffled, tiny_model, trainable, training_flags, warped_steps, whole,
+                        write_tensors, x0_from_v)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -207,14 +207,11 @@ def train(args, process):
     # --- models
     folder = find_folder(args.model)
     text, vae = load_text_encoder(folder, dtype, device, args.offload_text), load_vae(folder, dtype, device)
-    net = trainable(load_dit(folder), args, device, dtype)
-    if args.init:
-        metadata = load_checkpoint(net, args.init)
-        require(metadata, args.init, kind='bidirectional')
-        if (steps := format_steps(saved_steps(metadata))) not in ('', format_steps(timesteps)):
-            raise InputError(f'{args.init} samples at {steps}, but {args.data} holds states at '
-                             f'{format_steps(timesteps)}: sample trajectories at the student\'s --shift')
-    generator = process.wrap(net)
+    net, steps, *_ = load_generator(folder, args.init, 'bidirectional', shift)
+    if format_steps(steps) != format_steps(timesteps):
+        raise InputError(f'{args.init} samples at {format_steps(steps)}, but {args.data} holds states at '
+                         f'{format_steps(timesteps)}: sample trajectories at the student\'s --shift')
+    generator = process.wrap(trainable(net, args, device, dtype))
     shape = latent_shape(args, net.config)
     if (held := tuple(data[0][0].shape[1:])) != shape:
         raise InputError(f'{args.data} holds latents {held}, but those of {args.frames} frames at '
