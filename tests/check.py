@@ -37,7 +37,7 @@ from cm_grpo import surrogate
 from generate import compile_for_inference
 from wan_causal import (
     CONFIGS, ImageReward, WanConfig, WanModel, WanVAE, attend, block_causal, chunk_weights, consistency_kernel,
-    first_line, frame_reward, interleave, interleaved, interleaved_x0, load_dit, load_exactly, load_image_reward,
+    first_line, frame_reward, interleave, interleaved, interleaved_x0, load_exactly, load_image_reward,
     load_text_encoder, load_vae, noisy_part, reward_gradient, rollout, v_from_x0, warped_steps, x0_from_v)
 
 GOLDEN, TINY = ROOT / 'tests/golden', ROOT / 'tests/tiny'

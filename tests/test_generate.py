@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, alone_and_under_torchrun, frames_apart, python, random_dit, run
+from safetensors.torch import save_file
 
 import generate
 import wan_causal as wc
@@ -149,7 +150,7 @@ def test_16_bits_and_transparency(tmp_path):
 def test_weights_that_are_not_finite_leave_no_video(tmp_path, causal):
     state = dict(wc.read_weights(causal)[0])
     state["head.head.bias"] = torch.full_like(state["head.head.bias"], float("nan"))
-    wc.save_checkpoint(tmp_path / "nan.safetensors", state, kind="causal", chunk=3, timesteps="1000,937.5,833.333,625")
+    save_file(state, tmp_path / "nan.safetensors", metadata={"kind": "causal", "chunk": "3"})  # not by our own hand
     done = run("generate.py", PROMPT, "--checkpoint", tmp_path / "nan.safetensors", "--frames", 9, "--out", tmp_path / "x.mp4")
     assert done.returncode == 2 and "the latents are not finite" in done.stderr
     assert not list(tmp_path.glob("*.mp4"))
