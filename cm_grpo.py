@@ -40,7 +40,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from wan_causal import (EMA, Help, InputError, Parser, Run, aesthetic_head, checked_reward, chunk_sizes, chunk_weights,
+from wan_causal import (EMA, InputError, Parser, Run, aesthetic_head, checked_reward, chunk_sizes, chunk_weights,
                         claim_folder, clip_preprocess, compute_dtype, consistency_kernel, find_folder, format_steps,
                         gaussian, interleaved_x0, latent_shape, load_clip, load_function, load_generator,
                         load_image_reward, load_text_encoder, load_vae, merge_lora, number, parse_stage, processes,
@@ -263,8 +263,7 @@ def reference_x0(net, frozen, *inputs):
 # ----------------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    p = Parser(description='Policy gradients on the consistency sampler\'s own kernel.',
-                                formatter_class=Help)
+    p = Parser(description='Policy gradients on the consistency sampler\'s own kernel.')
     training_flags(p, out='runs/cm_grpo', steps=160, lr=5e-6, weight_decay=0.0, grad_clip=1000.0, ema=0.9675)
     g = p.add_argument_group('policy')
     g.add_argument('--init', metavar='FILE', help='causal few-step generator to start from')

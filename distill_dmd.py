@@ -44,13 +44,13 @@ import random
 
 import torch
 
-from wan_causal import (EMA, FRAMES, NEGATIVE_PROMPT, Help, InputError, Parser, Run, Trajectories, add_noise,
-                        block_causal, chunk_sizes, chunk_weights, claim_folder, compute_dtype, draw_per_chunk,
-                        find_folder, format_steps, frame_reward, gaussian, guided_velocity, interleaved_x0,
-                        latent_frames, latent_motion, latent_shape, load_dit, load_generator, load_image_reward,
-                        load_text_encoder, load_vae, number, parse_known, parse_stage, processes, read_prompts,
-                        recorded_rollout, refuse_unused, reward_gradient, rollout, run_script, sample_generators,
-                        sample_numbers, say_cut, shift_sigma, shuffled, trainable, training_flags, whole, x0_from_v)
+from wan_causal import (EMA, FRAMES, NEGATIVE_PROMPT, InputError, Parser, Run, Trajectories, add_noise, block_causal,
+                        chunk_sizes, chunk_weights, claim_folder, compute_dtype, draw_per_chunk, find_folder,
+                        format_steps, frame_reward, gaussian, guided_velocity, interleaved_x0, latent_frames,
+                        latent_motion, latent_shape, load_dit, load_generator, load_image_reward, load_text_encoder,
+                        load_vae, number, parse_known, parse_stage, processes, read_prompts, recorded_rollout,
+                        refuse_unused, reward_gradient, rollout, run_script, sample_generators, sample_numbers,
+                        say_cut, shift_sigma, shuffled, trainable, training_flags, whole, x0_from_v)
 
 # The settings of the papers, as far as they differ: the flags' defaults for each history.
 # Guidance in the usual formula: CausVid's 3.5 and Self Forcing's 3.0 multiply (cond - uncond) on top of cond.
@@ -196,7 +196,7 @@ def last_window(x0, frames, vae):
 # ----------------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    p = Parser(description='Few-step distillation by distribution matching.', formatter_class=Help)
+    p = Parser(description='Few-step distillation by distribution matching.')
     training_flags(p, out='runs/distill_dmd')
     g = p.add_argument_group('student')
     g.add_argument('--student', choices=['bidirectional', 'causal'], default='bidirectional', help='what is trained')

@@ -40,9 +40,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from wan_causal import (CLIP_MEAN, CLIP_STD, Help, InputError, Parser, aesthetic_head, find_file, load_clip,
-                        model_defaults, number, pretrained, processes, read_json, read_lines, refuse_unused,
-                        replace_file, run_script, tiny_model, whole)
+from wan_causal import (CLIP_MEAN, CLIP_STD, InputError, Parser, aesthetic_head, find_file, load_clip, model_defaults,
+                        number, pretrained, processes, read_json, read_lines, refuse_unused, replace_file, run_script,
+                        tiny_model, whole)
 
 # ----------------------------------------------------------------------------------------------------------
 # Constants: VBench's scripts/constant.py, and the papers' tables
@@ -341,7 +341,7 @@ def table_flags(p):
 
 def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    p = Parser(description='VBench: sample its suite, score the videos, aggregate the scores.', formatter_class=Help)
+    p = Parser(description='VBench: sample its suite, score the videos, aggregate the scores.')
     flags = {'sample': sample_flags, 'score': score_flags, 'table': table_flags}
     p.add_argument('verb', choices=flags, help='what to do; `eval_vbench.py VERB --help` shows its flags')
     verb = argv[0] if argv else None

@@ -27,9 +27,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from wan_causal import (MAX_POSITION, NEGATIVE_PROMPT, PIXELS, VIDEO, Help, InputError, Parser, check_video,
-                        check_writable, chunk_sizes, compute_dtype, find_folder, first_line, format_steps, frames_in,
-                        gaussian, latent_frames, load_checkpoint, load_dit, load_text_encoder, load_vae, machine_flags,
+from wan_causal import (MAX_POSITION, NEGATIVE_PROMPT, PIXELS, VIDEO, InputError, Parser, check_video, check_writable,
+                        chunk_sizes, compute_dtype, find_folder, first_line, format_steps, frames_in, gaussian,
+                        latent_frames, load_checkpoint, load_dit, load_text_encoder, load_vae, machine_flags,
                         model_defaults, number, ode_trajectory, parse_stage, peak_memory, processes, read_lines,
                         refuse_unused, replacing, require, rollout, rope_table, run_script, saved_number, saved_steps,
                         say_cut, seeded, set_threads, sigma_schedule, tiny_model, to_frames, warped_steps, whole,
@@ -37,7 +37,7 @@ from wan_causal import (MAX_POSITION, NEGATIVE_PROMPT, PIXELS, VIDEO, Help, Inpu
 
 
 def parse_args(argv=None):
-    p = Parser(description='Generate videos from prompts.', formatter_class=Help)
+    p = Parser(description='Generate videos from prompts.')
     g = p.add_argument_group('what')
     g.add_argument('prompt', nargs='*', help='one or more prompts')
     g.add_argument('--prompts', dest='prompt_file', metavar='FILE', help='a text file with one prompt per line')

@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from wan_causal import (EMA, FRAMES, NEGATIVE_PROMPT, PIXELS, SEED, Help, InputError, Parser, Run, Trajectories,
+from wan_causal import (EMA, FRAMES, NEGATIVE_PROMPT, PIXELS, SEED, InputError, Parser, Run, Trajectories,
                         block_causal, check_writable, chunk_sizes, claim_folder, compute_dtype, draw_per_chunk,
                         find_folder, format_steps, gaussian, latent_shape, load_dit, load_generator, load_text_encoder,
                         load_vae, machine_flags, number, ode_trajectory, parse_stage, processes, read_prompts,
@@ -83,8 +83,7 @@ def shard_path(folder, first):
 
 def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    p = Parser(description='ODE trajectories of the teacher (sample), and their regression (train).',
-                                formatter_class=Help)
+    p = Parser(description='ODE trajectories of the teacher (sample), and their regression (train).')
     p.add_argument('verb', choices=['sample', 'train'], help='what to do; `ode_init.py VERB --help` shows its flags')
     verb = argv[0] if argv else None
     if verb not in ('sample', 'train'):

@@ -29,7 +29,7 @@ import random
 
 import torch
 
-from wan_causal import (EMA, Help, InputError, Parser, Run, block_causal, chunk_sizes, claim_folder, compute_dtype,
+from wan_causal import (EMA, InputError, Parser, Run, block_causal, chunk_sizes, claim_folder, compute_dtype,
                         find_folder, format_steps, frame_reward, gaussian, latent_frame, latent_motion, latent_shape,
                         load_function, load_generator, load_image_reward, load_text_encoder, load_vae, parse_stage,
                         processes, read_prompts, refuse_unused, reward_gradient, rollout, run_script,
@@ -56,8 +56,7 @@ def rewarded_frames(mode, frames, random):
 # ----------------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    p = Parser(description='Reward feedback on the rollouts of a causal generator.',
-                                formatter_class=Help)
+    p = Parser(description='Reward feedback on the rollouts of a causal generator.')
     training_flags(p, out='runs/reward_forcing', steps=600)
     g = p.add_argument_group('reward forcing')
     g.add_argument('--init', metavar='FILE', help='causal few-step generator to start from')

@@ -1229,6 +1229,8 @@ def clean_text(text):
 
 def say_cut(process, prompts, reader, name):
     """Say how many prompts are longer than what `reader`, a TextEncoder or an ImageReward, takes of them."""
+    if process.rank > 0:
+        return  # a list may have hundreds of thousands
     count = sum(len(ids) > reader.text_len for ids in reader.tokenizer([clean_text(p) for p in prompts]).input_ids)
     if count:
         process.print(f'{count} of {len(prompts)} prompts are cut at the {reader.text_len} tokens that {name} reads')
@@ -1483,7 +1485,8 @@ def t5_key(key):
                         ('.ffn.fc1.', '.layer.1.DenseReluDense.wi_1.'), ('.ffn.fc2.', '.layer.1.DenseReluDense.wo.')])
 
 
-OTHER_FILES = {b'version https://git-lfs': 'a Git-LFS pointer, not the file itself: fetch it with git lfs pull',
+LFS_SIGN, LFS_FILE = 'version https://git-lfs', 'a Git-LFS pointer, not the file itself: fetch it with git lfs pull'
+OTHER_FILES = {LFS_SIGN.encode(): LFS_FILE,
                b'GGUF': 'a GGUF file, whose quantised weights are not supported: take safetensors',
                b'<': 'a web page, not weights: download the file itself, not the page that shows it'}
 
@@ -1532,8 +1535,8 @@ def read_text(path):
         text = Path(path).read_text(encoding='utf-8-sig')
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f'cannot read {path}: {getattr(error, "strerror", None) or error}') from error
-    if text.startswith('version https://git-lfs'):
-        raise InputError(f'{path} is a Git-LFS pointer, not the file itself: fetch it with git lfs pull')
+    if text.startswith(LFS_SIGN):
+        raise InputError(f'{path} is {LFS_FILE}')
     if '\0' in text:
         raise InputError(f'{path} is not text: it holds zero bytes')
     return text
@@ -1541,10 +1544,9 @@ def read_text(path):
 
 def read_json(path, kind=None):
     """A JSON file; kind: what its top level must be, such as dict."""
+    text = read_text(path)
     try:
-        content = json.loads(read_text(path))
-    except InputError:
-        raise
+        content = json.loads(text)
     except ValueError as error:
         raise InputError(f'cannot read {path} as JSON: {error}') from error
     if kind and not isinstance(content, kind):
@@ -1807,38 +1809,41 @@ def merge_lora(state, base, config=None):
     adapter without its model), W is taken from `base`. InputError for what does not fit, and for any other part.
     """
     config, parts, full = config or {}, {}, {}
+
+    def named(pattern, module):  # as PEFT has it
+        return re.match(rf'(.*\.)?({pattern})$', module)
     for key, value in state.items():
         if adapter := ADAPTER.fullmatch(key):
             parts.setdefault(adapter[1], {})[adapter[2]] = value
         else:
             full[key] = value
     full, patterns = full or dict(base), config.get('alpha_pattern') or {}
-    if lost := [p for p in patterns if not any(re.match(rf'(.*\.)?({p})$', module) for module in parts)]:
+    if lost := [p for p in patterns if not any(named(p, module) for module in parts)]:
         raise InputError(f'the adapter\'s alpha_pattern names {lost[0]}, which is none of its modules')
     for module, part in parts.items():
         A, B, bias = (part.pop(f'lora_{name}', None) for name in ('A.weight', 'B.weight', 'B.bias'))
-        delta, delta_b = part.pop('diff', None), part.pop('diff_b', None)
-        alpha, updates = part.pop('alpha', None), {'weight': delta, 'bias': delta_b}
+        alpha, delta, delta_b = (part.pop(name, None) for name in ('alpha', 'diff', 'diff_b'))
+        unfit = InputError(f'the LoRA of {module} does not fit this model')
         if part:
             raise InputError(f'the adapter has {module}.{next(iter(part))}: only LoRA without DoRA, and differences '
                              'of weights, are supported')
         if A is not None or B is not None or bias is not None:
             if A is None or B is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
-                raise InputError(f'the LoRA of {module} does not fit this model')
+                raise unfit
             if alpha is None:
-                alpha = next((a for p, a in patterns.items() if re.match(rf'(.*\.)?({p})$', module)),
-                             config.get('lora_alpha', len(A)))
+                alpha = next((a for p, a in patterns.items() if named(p, module)), config.get('lora_alpha', len(A)))
             try:
                 scale = float(alpha) / (len(A) ** 0.5 if config.get('use_rslora') else len(A))
             except ValueError as error:
                 raise InputError(f'the adapter\'s alpha of {module} is {alpha}, which is no number') from error
-            updates = {'weight': scale * (B.float() @ A.float()), 'bias': None if bias is None else scale * bias.float()}
-        for name, update in updates.items():
-            old = full.get(f'{module}.{name}')
-            if update is not None:
-                if old is None or update.numel() != old.numel() or len(update) != len(old):
-                    raise InputError(f'the LoRA of {module} does not fit this model')
-                full[f'{module}.{name}'] = old.float() + update.float().view(old.shape).to(old.device)
+            delta, delta_b = scale * (B.float() @ A.float()), None if bias is None else scale * bias.float()
+        for key, update in ((f'{module}.weight', delta), (f'{module}.bias', delta_b)):
+            if update is None:
+                continue
+            old = full.get(key)
+            if old is None or update.numel() != old.numel() or len(update) != len(old):
+                raise unfit
+            full[key] = old.float() + update.float().view(old.shape).to(old.device)
     return full
 
 
@@ -2233,7 +2238,11 @@ def tiny_model():
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are an InputError; a path may begin with ~/ also where no shell has seen it."""
+    """argparse whose errors are an InputError and whose help has every default; a path may begin with ~/ also where no
+    shell has seen it."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=Help, **kwargs)
 
     def error(self, message):
         raise InputError(message.removeprefix('argument ') + f'; {self.prog} --help shows the flags')

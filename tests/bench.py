@@ -368,7 +368,8 @@ def random_stage(module, argv, sizes, size, batch, device=torch.device('cpu')):
     def text(*_):
         return lambda prompts: torch.randn(len(prompts), sizes[None].text_len, sizes[None].text_dim, device=device)
     stand_ins = {
-        'find_folder': lambda name: name, 'say_cut': lambda *_: None, 'load_dit': dit, 'load_image_reward': image_reward, 'load_text_encoder': text,
+        'find_folder': lambda name: name, 'say_cut': lambda *_: None, 'load_dit': dit,
+        'load_image_reward': image_reward, 'load_text_encoder': text,
         'load_vae': lambda *_: random_model(WanVAE, torch.bfloat16, device).requires_grad_(False),
         'Trajectories': lambda folder: Trajectory(*size),
         'load_generator': lambda folder, *_: (dit(folder), [1000.0, 625.0], 3, 5.0)}

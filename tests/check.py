@@ -234,7 +234,8 @@ def cached_equals_interleaved(device, dtype, size='tiny', frames=9, height=8, wi
             lambda part: part.states[1], lambda part: part.predictions[1], lambda part: part.x0))
         t = torch.full((1, frames), steps[1], device=device)
         again = interleaved_x0(model, states, t, ends, context, chunks)
-    return relative(v_from_x0(states, again, t), v_from_x0(states, predicted, t)), 1e-4 if dtype == torch.float32 else 3e-2
+    error = relative(v_from_x0(states, again, t), v_from_x0(states, predicted, t))
+    return error, 1e-4 if dtype == torch.float32 else 3e-2
 
 
 @torch.no_grad()
@@ -375,8 +376,8 @@ def tiny_stage(folder, device, line, name):
 
 def kill_and_resume(folder, device):
     """Reward forcing, killed after two of four steps and resumed: its weights against those of a whole run."""
-    flags = ['reward_forcing.py', '--batch', 1, '--frames', 21, '--steps', 4, '--save-every', 1, '--sample-every', 0, '--resume',
-             '--device', device.type]
+    flags = ['reward_forcing.py', '--batch', 1, '--frames', 21, '--steps', 4, '--save-every', 1, '--sample-every', 0,
+             '--resume', '--device', device.type]
     run_script(*flags, '--out', folder / 'whole')
     run_script(*flags, '--out', folder / 'killed', kill_after='step      2')
     run_script(*flags, '--out', folder / 'killed')
