@@ -1822,7 +1822,8 @@ def merge_lora(state, base, config=None):
         raise InputError(f'the adapter\'s alpha_pattern names {lost[0]}, which is none of its modules')
     for module, part in parts.items():
         A, B, bias = (part.pop(f'lora_{name}', None) for name in ('A.weight', 'B.weight', 'B.bias'))
-        alpha, delta, delta_b = (part.pop(name, None) for name in ('alpha', 'diff', 'diff_b'))
+        alpha, diff, diff_b = (part.pop(name, None) for name in ('alpha', 'diff', 'diff_b'))
+        updates = [('weight', diff), ('bias', diff_b)]
         unfit = InputError(f'the LoRA of {module} does not fit this model')
         if part:
             raise InputError(f'the adapter has {module}.{next(iter(part))}: only LoRA without DoRA, and differences '
@@ -1836,10 +1837,12 @@ def merge_lora(state, base, config=None):
                 scale = float(alpha) / (len(A) ** 0.5 if config.get('use_rslora') else len(A))
             except ValueError as error:
                 raise InputError(f'the adapter\'s alpha of {module} is {alpha}, which is no number') from error
-            delta, delta_b = scale * (B.float() @ A.float()), None if bias is None else scale * bias.float()
-        for key, update in ((f'{module}.weight', delta), (f'{module}.bias', delta_b)):
+            updates += [('weight', scale * (B.float() @ A.float())),
+                        ('bias', None if bias is None else scale * bias.float())]
+        for name, update in updates:
             if update is None:
                 continue
+            key = f'{module}.{name}'
             old = full.get(key)
             if old is None or update.numel() != old.numel() or len(update) != len(old):
                 raise unfit

@@ -192,6 +192,14 @@ def test_biases_and_differences_of_an_adapter_are_added():
     assert [out[key].unique().tolist() for key in base] == [[7], [4], [1.5], [1.25]]
 
 
+def test_a_pair_and_a_difference_of_one_module_both_count():
+    base = {"a.weight": torch.ones(3, 4), "a.bias": torch.ones(3)}
+    adapter = {"a.lora_A.weight": torch.ones(2, 4), "a.lora_B.weight": torch.ones(3, 2),
+               "a.diff": torch.full((3, 4), 0.5), "a.diff_b": torch.full((3,), 0.25)}
+    out = wc.merge_lora(adapter, base)
+    assert [out[key].unique().tolist() for key in base] == [[3.5], [1.25]]
+
+
 def test_an_adapter_and_its_base_in_one_bfloat16_file_are_merged_in_float32():
     state = {"a.weight": torch.full((1, 1), 256.0, dtype=torch.bfloat16),
              "a.lora_A.weight": torch.ones(1, 1, dtype=torch.bfloat16),
