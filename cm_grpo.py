@@ -36,10 +36,6 @@ import json
 import math
 import random
 
-import torch
-from torch import nn
-from torch.nn import functional as F
-
 from wan_causal import (EMA, InputError, Parser, Run, aesthetic_head, checked_reward, chunk_sizes, chunk_weights,
                         claim_folder, clip_preprocess, compute_dtype, consistency_kernel, find_folder, format_steps,
                         gaussian, interleaved_x0, latent_shape, load_clip, load_function, load_generator,
@@ -47,6 +43,10 @@ from wan_causal import (EMA, InputError, Parser, Run, aesthetic_head, checked_re
                         read_prompts, recorded_rollout, refuse_unused, replace_file, run_script, sample_generators,
                         sample_numbers, save_checkpoint, say_cut, shuffled, trainable, training_flags, v_from_x0,
                         whole)
+
+import torch
+from torch import nn
+from torch.nn import functional as F
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -42,15 +42,15 @@ Reward-Forcing gives none for that stage.
 import dataclasses
 import random
 
-import torch
-
 from wan_causal import (EMA, FRAMES, NEGATIVE_PROMPT, InputError, Parser, Run, Trajectories, add_noise, block_causal,
-                        chunk_sizes, chunk_weights, claim_folder, compute_dtype, draw_per_chunk, find_folder,
+                        checked_reward, chunk_sizes, chunk_weights, claim_folder, compute_dtype, draw_per_chunk, find_folder,
                         format_steps, frame_reward, gaussian, guided_velocity, interleaved_x0, latent_frames,
                         latent_motion, latent_shape, load_dit, load_generator, load_image_reward, load_text_encoder,
                         load_vae, number, parse_known, parse_stage, processes, read_prompts, recorded_rollout,
-                        refuse_unused, reward_gradient, rollout, run_script, sample_generators, sample_numbers,
+                        refuse_unused, rewarded_video, rollout, run_script, sample_generators, sample_numbers,
                         say_cut, shift_sigma, shuffled, trainable, training_flags, whole, x0_from_v)
+
+import torch
 
 # The settings of the papers, as far as they differ: the flags' defaults for each history.
 # Guidance in the usual formula: CausVid's 3.5 and Self Forcing's 3.0 multiply (cond - uncond) on top of cond.
@@ -116,6 +116,13 @@ def compare_scores(x0, teacher, critic, context, negative, guidance, shift, gene
     real = x0_from_v(x_t, guided_velocity(teacher, x_t, t, context, negative, guidance), t)
     fake = x0_from_v(x_t, critic(x_t, t, context), t)
     return dmd_direction(x0, fake, real)
+
+
+def reward_and_gradient(reward, vae, x0, prompts, frame):
+    """Rewards (B,) of one video frame, and their gradient at x0 (B, C, F, H, W); see `rewarded_video`."""
+    x0 = x0.requires_grad_()
+    score = checked_reward(reward, rewarded_video(vae, x0, [frame], past=2), prompts)
+    return score.detach(), torch.autograd.grad(score.sum(), x0)[0]
 
 
 def with_reward(direction, gradient, weight):
@@ -263,7 +270,11 @@ def train(args, process):
     text, vae = load_text_encoder(folder, dtype, device, args.offload_text), load_vae(folder, dtype, device)
     say_cut(process, prompts, text, 'the text encoder')
     vae.decoder.checkpointing = args.checkpointing
-    reward = frame_reward(load_image_reward(args.reward_model, device)) if args.reward_weight else None
+    reward = None
+    if args.reward_weight:
+        judge = load_image_reward(args.reward_model, device)
+        say_cut(process, prompts, judge, 'ImageReward')
+        reward = frame_reward(judge)
     net, steps, chunk, shift = load_generator(folder, args.init, args.student, args.shift)
     net, critic_net = (trainable(model, args, device, dtype) for model in (net, load_dit(folder)))
     teacher = load_dit(args.teacher or folder, dtype, device).eval().requires_grad_(False)  # frozen
@@ -344,7 +355,7 @@ def train(args, process):
                                            args.shift, b.generators)
                 score = torch.zeros(1, device=device)
                 if reward:
-                    score, gradient = reward_gradient(reward, vae, x0.detach(), b.prompts, [args.frames - 1])
+                    score, gradient = reward_and_gradient(reward, vae, x0.detach(), b.prompts, args.frames - 1)
                     direction = with_reward(direction, gradient, args.reward_weight)
                 (dmd_loss(x0, direction, weights) / args.accum).backward()
             sums += torch.stack([direction.abs().mean(), latent_motion(x0.detach()), score.mean()]) / args.accum

@@ -34,15 +34,16 @@ import tempfile
 import unicodedata
 from pathlib import Path
 
+from wan_causal import (CLIP_MEAN, CLIP_STD, InputError, Parser, aesthetic_head, find_file, load_clip, model_defaults,
+                        number, pretrained, processes, read_json, read_lines, refuse_unused, replace_file,
+                        require_ffmpeg, run_script,
+                        tiny_model, whole)
+
 import imageio
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-
-from wan_causal import (CLIP_MEAN, CLIP_STD, InputError, Parser, aesthetic_head, find_file, load_clip, model_defaults,
-                        number, pretrained, processes, read_json, read_lines, refuse_unused, replace_file, run_script,
-                        tiny_model, whole)
 
 # ----------------------------------------------------------------------------------------------------------
 # Constants: VBench's scripts/constant.py, and the papers' tables
@@ -522,6 +523,10 @@ def check_scoring(args):
     for used, why, flag in (
             (args.vbench_python, 'VBench itself is not asked, see --vbench-python', 'vbench_gpus'),
             ('temporal_flickering' in dimensions, 'temporal flickering is not scored', 'filtered'),
+            ('subject_consistency' in dimensions, 'subject consistency is not scored', 'dino'),
+            ({'background_consistency', 'appearance_style'} & {*dimensions}, 'what it measures is not scored', 'clip'),
+            ('aesthetic_quality' in dimensions, 'aesthetic quality is not scored', 'aesthetic_head'),
+            ('aesthetic_quality' in dimensions, 'aesthetic quality is not scored', 'clip_large'),
             (not args.custom, 'every video of the folder is scored', 'samples')):
         if not used:
             args.unused(why, flag)
@@ -628,6 +633,7 @@ def main():
         return table(args)
     if args.verb == 'sample':
         return sample(args)
+    require_ffmpeg()  # videos are read by it
     entries, dimensions, others = check_scoring(args)
     with processes(args.device) as process:
         score(args, process, entries, dimensions)

@@ -15,6 +15,7 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import mimetypes
 import os
 import re
@@ -22,18 +23,19 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from wan_causal import (MAX_POSITION, NEGATIVE_PROMPT, PIXELS, VIDEO, InputError, Parser, check_video, check_writable,
+                        chunk_sizes, compute_dtype, find_folder, first_line, format_steps, frames_in, gaussian,
+                        guided_velocity,
+                        latent_frames, load_checkpoint, load_dit, load_text_encoder, load_vae, machine_flags,
+                        model_defaults, number, parse_stage, processes, read_lines,
+                        refuse_unused, replacing, require, require_ffmpeg, rollout, rope_table, run_script, saved_number, saved_steps,
+                        say_cut, seeded, set_threads, shift_sigma, tiny_model, to_frames, warped_steps, whole,
+                        writing)
+
 import imageio
 import numpy as np
 import torch
 from tqdm import tqdm
-
-from wan_causal import (MAX_POSITION, NEGATIVE_PROMPT, PIXELS, VIDEO, InputError, Parser, check_video, check_writable,
-                        chunk_sizes, compute_dtype, find_folder, first_line, format_steps, frames_in, gaussian,
-                        latent_frames, load_checkpoint, load_dit, load_text_encoder, load_vae, machine_flags,
-                        model_defaults, number, ode_trajectory, parse_stage, peak_memory, processes, read_lines,
-                        refuse_unused, replacing, require, rollout, rope_table, run_script, saved_number, saved_steps,
-                        say_cut, seeded, set_threads, sigma_schedule, tiny_model, to_frames, warped_steps, whole,
-                        writing)
 
 
 def parse_args(argv=None):
@@ -77,7 +79,6 @@ def parse_args(argv=None):
     g = p.add_argument_group('machine')
     machine_flags(g)
     g.add_argument('--compile', action='store_true', help='compile DiT blocks and decoder (a minute or two, once)')
-    g.add_argument('--bench', action='store_true', help='run twice and print a table of times of the second run')
     args = parse_stage(p, 'generate', argv)
     args.segment = p.get_default('frames')  # the model's own length
     args.weights = args.weights or (None if args.bidirectional else model_defaults(args.model).get('checkpoint'))
@@ -206,6 +207,88 @@ def cover(picture, height, width):
     return picture[0, :, top:top + height, left:left + width]
 
 
+# ----------------------------------------------------------------------------------------------------------
+# The teacher: a multi-step ODE solver
+
+def sigma_schedule(steps=50, shift=5.0):
+    """Noise levels of the multi-step sampler, high to low, ending in 0: (steps + 1,) float64.
+
+    As Wan's FlowUniPC: linspace(0.999, 0) without its end, shifted.
+    """
+    return torch.cat([shift_sigma(torch.linspace(0.999, 0, steps + 1, dtype=torch.float64)[:-1], shift),
+                      torch.zeros(1, dtype=torch.float64)])
+
+
+@torch.no_grad()
+def ode_trajectory(model, noise, context, negative, sigmas, guidance=5.0, solver='unipc'):
+    """Solve the probability-flow ODE from noise; yield x at each sigma, the last one clean.
+
+    noise (B, C, F, H, W); context, negative (B, L', text_dim); sigmas (n + 1,), falling, see `sigma_schedule`.
+    solver: 'euler', or 'unipc' (order 2, B2(h), data prediction, as Wan uses it; there t is rounded down to a whole
+    number, as Wan does).
+    """
+    step = {'euler': euler_step, 'unipc': UniPC().step}[solver]
+    sigmas, x = [float(s) for s in sigmas], noise
+    for i, sigma in enumerate(sigmas[:-1]):
+        t = int(1000 * sigma) if solver == 'unipc' else 1000 * sigma
+        v = guided_velocity(model, x, t, context, negative, guidance)
+        yield x
+        x = step(x, v, sigmas, i)
+    yield x
+
+
+def euler_step(x, v, sigmas, i):
+    """x at sigmas[i] -> x at sigmas[i + 1]."""
+    return x + (sigmas[i + 1] - sigmas[i]) * v
+
+
+class UniPC:
+    """UniPC of order 2 (arXiv 2302.04867, algorithm 1-2 with B2(h) = e^h - 1) for flow models.
+
+    With alpha = 1 - sigma and lambda = log(alpha / sigma), one call corrects x with the model output at it, then
+    predicts the next x. m are x0 predictions.
+    """
+
+    def __init__(self):
+        self.m, self.x, self.order = [], None, 0  # the last two outputs; the last corrected x; order of its predictor
+
+    @staticmethod
+    def log_snr(sigma):
+        if sigma == 0:
+            return math.inf
+        return math.log1p(-sigma) - math.log(sigma) if sigma < 1 else -math.inf
+
+    def step(self, x, v, sigmas, i):
+        lam = [self.log_snr(s) for s in sigmas]
+        m = x - sigmas[i] * v
+        if i > 0:  # corrector, from i - 1 to i, which now knows m at i
+            h = lam[i] - lam[i - 1]
+            if self.order == 1:
+                D = 0.5 * (m - self.m[-1])
+            else:
+                r = (lam[i - 2] - lam[i - 1]) / h
+                b1 = math.expm1(-h) / -h - 1  # phi_2-like terms of eq. 9, divided by B below
+                b2 = b1 / -h - 0.5
+                b1, b2 = b1 / math.expm1(-h), 2 * b2 / math.expm1(-h)
+                rho1 = (b1 - b2) / (1 - r)  # solves rho1 + rho2 = b1, r rho1 + rho2 = b2
+                D = rho1 * (self.m[-2] - self.m[-1]) / r + (b1 - rho1) * (m - self.m[-1])
+            x = self.update(self.x, self.m[-1], D, sigmas[i - 1], sigmas[i], h)
+        self.m, self.x = [*self.m[-1:], m], x
+        self.order = min(2, i + 1, len(sigmas) - 1 - i)  # lower order at both ends
+        h, D = lam[i + 1] - lam[i], 0
+        if self.order == 2:
+            D = 0.5 * (self.m[-2] - m) / ((lam[i - 1] - lam[i]) / h)
+        return self.update(x, m, D, sigmas[i], sigmas[i + 1], h)
+
+    @staticmethod
+    def update(x, m, D, sigma, sigma_next, h):
+        """x' = sigma'/sigma x - alpha' (e^-h - 1)(m + D)."""
+        return sigma_next / sigma * x - (1 - sigma_next) * math.expm1(-h) * (m + D)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Compiling
+
 def compile_for_inference(model, vae):
     """Compile the DiT's blocks around their attention, and on CUDA the decoder (a minute or two, once); there the DiT's
     forwards are also recorded, see `Graphed`. Returns the model to use. InputError if torch cannot compile here."""
@@ -274,187 +357,197 @@ class Graphed:
                                             self.config.dim // self.config.num_heads, x.device)
 
 
-class Clock:
-    """Seconds spent in each part; waits for the device around a part only when it is asked to (--bench)."""
+# ----------------------------------------------------------------------------------------------------------
+# From a prompt to frames
 
-    def __init__(self, device, exact):
-        self.cuda, self.seconds, self.began = exact and device.type == 'cuda', {}, time.perf_counter()
+def causal_video(model, vae, text, args, prompt, seed, init=None):
+    """The causal path: yields pieces (3, T, H, W) of the video in [-1, 1], each as soon as it exists.
 
-    def now(self):
-        if self.cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - self.began
-
-    def measure(self, part, function, *args, **kwargs):
-        start = self.now()
-        result = function(*args, **kwargs)
-        self.seconds.setdefault(part, []).append(self.now() - start)
-        return result
-
-
-def decoded(clock, vae, steps, kept=None):
-    """Latents as they come -> video (3, T, H, W), piece by piece; the latents are also appended to the list `kept`."""
-    cache = {}
-    while (latents := clock.measure('DiT', next, steps, None)) is not None:
-        if kept is not None:
-            kept.append(latents)
-        video = clock.measure('decoder', vae.decode, latents, cache, at_once=3)[0]
-        if not latents.isfinite().all():  # asked here, when the device has been given all its work
-            raise InputError('the latents are not finite: the weights are damaged, or --dtype float32 is needed')
-        yield video
-
-
-def overlapping(clock, vae, args, rolled):
-    """CausVid's long rollout (minimal_inference/longvideo_...): segments, each starting from the end of the one before.
-
-    rolled(init, frames): latents of a segment of `frames` video frames, in pieces, `init` first. A segment gives up
-    its last 4 (overlap - 1) + 1 frames, which the next one begins with: the first of them encoded anew as a picture,
-    as a clip's first latent frame is, and the last overlap - 1 latent frames as they are. Positions start from 0 again.
+    init: clean latents (1, C, F', H/8, W/8) that the video goes on from, or None.
+    With one chunk of all frames this is also how a bidirectional few-step student is sampled.
     """
-    again = 4 * (args.overlap - 1) + 1
+    random = seeded(seed, vae.conv2.weight.device)
+    context = text([prompt])  # (1, L', text_dim)
+    given = 0 if init is None else init.shape[2]
+    chunks = new_chunks(args, given)
+    noise = gaussian(noise_shape(model, args, sum(chunks)), random, random.device)
+    memory = {}  # what the decoder remembers of the chunks before
+    if given:
+        yield vae.decode(init, memory, at_once=3)[0]
+    for chunk in rollout(model, noise, context, args.timesteps, chunks, window=args.window, sink=args.sink,
+                         init=init, generator=random):
+        yield vae.decode(chunk.x0, memory, at_once=3)[0]
+
+
+def new_chunks(args, given):
+    """Sizes of the chunks after `given` latent frames; what comes after a given start are whole chunks."""
+    new = latent_frames(args.frames) - given
+    return chunk_sizes(new, args.chunk, None if given else args.first_chunk)
+
+
+def noise_shape(model, args, frames):
+    return 1, model.config.in_dim, frames, args.height // 8, args.width // 8
+
+
+def teacher_video(model, vae, text, args, prompt, seed):
+    """The teacher, all frames at once: yields the video (3, T, H, W) as one piece."""
+    random = seeded(seed, vae.conv2.weight.device)
+    noise = gaussian(noise_shape(model, args, latent_frames(args.frames)), random, random.device)
+    negative = text([args.negative]) if args.guidance != 1 else None
+    states = ode_trajectory(model, noise, text([prompt]), negative, sigma_schedule(args.steps, args.shift),
+                            args.guidance, args.solver)
+    for x in tqdm(states, total=args.steps + 1, desc='solver steps', leave=False, disable=args.quiet):
+        pass
+    yield vae.decode(x, at_once=3)[0]
+
+
+def overlapping_video(model, vae, text, args, prompt, seed):
+    """CausVid's long videos (minimal_inference/longvideo_...): segments, each starting from the end of the one before.
+
+    A segment gives up its last 4 (overlap - 1) + 1 frames, which the next one begins with: the first of them encoded
+    anew as a picture, as a clip's first latent frame is, and the last overlap - 1 latent frames as they are. Positions
+    start from 0 again. Yields pieces (3, T, H, W).
+    """
+    random = seeded(seed, vae.conv2.weight.device)
+    context, again = text([prompt]), 4 * (args.overlap - 1) + 1
     init, left = None, args.frames
-    while True:
+    while left:
         frames = min(args.segment, left)
-        last, shown, kept, video = frames == left, 0, [], []
-        for piece in decoded(clock, vae, rolled(init, frames), kept):
+        last = frames == left
+        given = [] if init is None else [init]
+        new = latent_frames(frames) - sum(x.shape[2] for x in given)
+        noise = gaussian(noise_shape(model, args, new), random, random.device)
+        rolled = rollout(model, noise, context, args.timesteps, chunk_sizes(new, args.chunk), init=init,
+                         generator=random)
+        memory, kept, video, shown = {}, [], [], 0
+        for x0 in itertools.chain(given, (chunk.x0 for chunk in rolled)):
+            kept.append(x0)
+            piece = vae.decode(x0, memory, at_once=3)[0]
             video = [*video, piece][-(again // 4 + 2):]  # enough to hold the frames that are given up
             yield piece if last else piece[:, :max(0, frames - again - shown)]
             shown += piece.shape[1]
-        if last:
-            return
-        left -= frames - again
-        first = vae.encode(torch.cat(video, dim=1)[None, :, -again:][:, :, :1])
-        kept = torch.cat(kept, dim=2)
-        init = torch.cat([first, kept[:, :, kept.shape[2] - (args.overlap - 1):]], dim=2)
+        left -= frames if last else frames - again
+        if not last:
+            first = vae.encode(torch.cat(video, dim=1)[None, :, -again:][:, :, :1])
+            kept = torch.cat(kept, dim=2)
+            init = torch.cat([first, kept[:, :, kept.shape[2] - (args.overlap - 1):]], dim=2)
 
 
-def latent_chunks(model, args, context, negative, init, frames, generator):
-    """Yield clean latents (1, C, f, H/8, W/8) of `frames` video frames in order, as soon as they exist, init first."""
-    new = latent_frames(frames) - (0 if init is None else init.shape[2])
-    first = args.first_chunk if init is None else None  # after a given start the chunks are whole ones
-    chunks = [new] if args.bidirectional else chunk_sizes(new, args.chunk, first)
-    shape = (1, model.config.in_dim, new, args.height // 8, args.width // 8)
-    noise = gaussian(shape, generator, generator.device)
-    if args.bidirectional and not args.timesteps:
-        states = ode_trajectory(model, noise, context, negative, sigma_schedule(args.steps, args.shift), args.guidance,
-                                args.solver)
-        for x in tqdm(states, total=args.steps + 1, desc='solver steps', leave=False, disable=args.quiet):
-            pass
-        yield x
-        return
-    if init is not None:
-        yield init
-    for chunk in rollout(model, noise, context, args.timesteps, chunks, window=args.window, sink=args.sink, init=init,
-                         generator=generator):
-        yield chunk.x0
-
-
-def generate(parts, args, prompt, seed, path, process, negative, init):
-    """One video to `path`; returns the Clock. Frames are written as each chunk is decoded.
-
-    negative: the text embedding for guidance, or None. init: latents that the video goes on from, or None.
-    """
-    model, vae, text = parts
-    clock = Clock(process.device, args.bench)
-    context = clock.measure('text', text, [prompt])
-    generator = seeded(seed, process.device)
-
-    def rolled(init, frames):
-        return latent_chunks(model, args, context, negative, init, frames, generator)
-
-    pieces = overlapping(clock, vae, args, rolled) if args.overlap else decoded(clock, vae, rolled(init, args.frames))
+@contextlib.contextmanager
+def video_file(path, args):
+    """`with video_file(path, args) as write: write(piece)`: pieces (3, T, H, W) in [-1, 1] become an mp4 file, whole or
+    not at all. A piece is encoded while the next one is made."""
     with replacing(path) as temporary:
         with imageio.get_writer(temporary, fps=args.fps, quality=8, **VIDEO) as writer, \
                 ThreadPoolExecutor(1) as side, \
                 tqdm(total=args.frames, unit='frame', desc=path.name[:30], disable=args.quiet) as bar:
-            written = ()
-            for piece in pieces:
+            encoding = []
+
+            def write(piece):
+                if not piece.isfinite().all():
+                    raise InputError('the video is not finite: the weights are damaged, or --dtype float32 is needed')
                 frames = to_frames(piece)
-                clock.seconds.setdefault('first', [clock.now()])
-                list(written)  # waits for the piece before, and raises what went wrong
-                written = side.map(writer.append_data, frames)  # begins at once, while the next piece is made
+                wait()
+                encoding.append(side.map(writer.append_data, frames))
                 bar.update(len(frames))
-            list(written)
+
+            def wait():  # for the piece before; raises what went wrong with it
+                while encoding:
+                    list(encoding.pop())
+            yield write
+            wait()
         check_video(temporary, args.frames)
-    clock.seconds['total'] = [clock.now()]
-    return clock
 
 
-def bench_table(clock, args, dtype, process):
-    """Where the time of one video went."""
-    seconds = {part: sum(values) for part, values in clock.seconds.items()}
-    card = torch.cuda.get_device_name(process.device) if process.device.type == 'cuda' else 'CPU'
-    rows = [(f'{args.width}x{args.height}, {args.frames} frames', f'{card}, {dtype}, torch {torch.__version__}'),
-            ('text', f'{seconds["text"]:.3f} s'), ('DiT', f'{seconds["DiT"]:.3f} s'),
-            ('decoder', f'{seconds["decoder"]:.3f} s'),
-            ('first chunk, without text', f'{seconds["first"] - seconds["text"]:.3f} s'),
-            ('end to end', f'{seconds["total"]:.3f} s'),
-            ('end to end, without text', f'{args.frames / (seconds["total"] - seconds["text"]):.2f} FPS'),
-            ('DiT alone', f'{args.frames / seconds["DiT"]:.2f} FPS'),
-            ('peak memory', f'{peak_memory(process.device):.2f} GiB')]
-    process.print('\n'.join(f'{name:<28}{value}' for name, value in rows))
+# ----------------------------------------------------------------------------------------------------------
+
+def load(args, process):
+    """The models that the flags name, on this process's device: (model, vae, text encoder). What the flags leave to the
+    checkpoint is filled in: args.timesteps (None: the teacher's solver) and args.chunk."""
+    folder, dtype = find_folder(args.model), compute_dtype(args, process.device)
+    model, kind = load_dit(folder), 'bidirectional' if args.bidirectional else 'causal'
+    metadata = load_checkpoint(model, args.weights, ema=not args.no_ema) if args.weights else {}
+    require(metadata, args.weights, kind=kind)
+    if args.lora:  # merged in float32: an update of bfloat16 weights would be rounded away
+        require(load_checkpoint(model, args.lora, onto=True), args.lora, kind=kind)
+    set_threads(model, process.device)
+    model = model.to(process.device, dtype).eval()
+    vae = load_vae(folder, dtype, process.device)
+    text = load_text_encoder(folder, dtype, process.device, args.offload_text)
+
+    args.timesteps = args.timesteps or saved_steps(metadata) or (None if args.bidirectional else warped_steps())
+    args.chunk = args.chunk or saved_number(metadata, 'chunk', 3, int)
+    if args.bidirectional:
+        args.chunk = latent_frames(args.frames)
+    if args.timesteps:
+        args.unused(f'a few-step generator is sampled at its timesteps, {format_steps(args.timesteps)}',
+                    'steps', 'solver', 'shift', 'guidance', 'negative')
+    elif args.guidance == 1:
+        args.unused('--guidance 1 needs none', 'negative')
+    if args.compile:
+        model = compile_for_inference(model, vae)
+    return model, vae, text
+
+
+def check_chunks(args, given):
+    """Windows and overlaps that do not go with the chunks, which the checkpoint may have set, are an InputError."""
+    widest = max(new_chunks(args, given))
+    if args.window is not None and args.window < widest + args.sink:
+        raise InputError(f'--window {args.window} is smaller than a chunk of {widest} and a sink of {args.sink} '
+                         'latent frames together')
+    if args.overlap and (args.overlap % args.chunk or args.overlap >= latent_frames(args.segment)):
+        raise InputError(f'--overlap {args.overlap} must be a multiple of the chunk of {args.chunk}, and less than '
+                         f'the {latent_frames(args.segment)} latent frames of a segment')
+
+
+def described(args):
+    """What is about to be sampled, in one line."""
+    if args.timesteps is None:
+        return (f'{args.model} is sampled as the bidirectional teacher: {args.steps} {args.solver} steps, shift '
+                f'{args.shift}, guidance {args.guidance}'
+                + ('' if args.weights else '; a causal generator would come with --checkpoint'))
+    how = 'all frames at once' if args.bidirectional else f'chunks of {args.chunk} latent frames'
+    return f'timesteps {format_steps(args.timesteps)}; {how}'
+
+
+def still_to_make(jobs, args, process):
+    """This process's share of the jobs, without those of a --jobs file whose video is there already."""
+    mine = jobs[process.rank::process.world]
+    if args.jobs:
+        with ThreadPoolExecutor() as side:
+            there = side.map(lambda path: path.exists() and frames_in(path), (path for *_, path in mine))
+            mine = [job for job, frames in zip(mine, there) if not frames]
+        left = process.mean(torch.tensor(float(len(mine)), device=process.device)).item() * process.world
+        process.print(f'{len(jobs)} videos, {left:.0f} of them to be made')
+    return mine
 
 
 @torch.no_grad()
 def main():
     args = parse_args()
-    folder, jobs = find_folder(args.model), read_jobs(args)
-    given = read_frames(args.init, args.height, args.width, args.frames) if args.init else None  # before any model
+    require_ffmpeg()
+    find_folder(args.model)  # what is not there is said first
+    jobs = read_jobs(args)
+    given = read_frames(args.init, args.height, args.width, args.frames) if args.init else None
     with processes(args.device) as process:
-        args.quiet, dtype = process.rank > 0, compute_dtype(args, process.device)
-        model, kind = load_dit(folder), 'bidirectional' if args.bidirectional else 'causal'
-        metadata = load_checkpoint(model, args.weights, ema=not args.no_ema) if args.weights else {}
-        require(metadata, args.weights, kind=kind)
-        if args.lora:  # folded in float32: an update of bfloat16 weights would be rounded away
-            require(load_checkpoint(model, args.lora, onto=True), args.lora, kind=kind)
-        set_threads(model, process.device)
-        model = model.to(process.device, dtype).eval()
-        vae = load_vae(folder, dtype, process.device)
-        text = load_text_encoder(folder, dtype, process.device, args.offload_text)
+        args.quiet = process.rank > 0
+        model, vae, text = load(args, process)
         say_cut(process, [prompt for prompt, *_ in jobs], text, 'the text encoder')
-
-        args.timesteps = args.timesteps or saved_steps(metadata) or (None if args.bidirectional else warped_steps())
-        args.chunk = args.chunk or saved_number(metadata, 'chunk', 3, int)
         init = None if given is None else vae.encode(given.to(process.device))
-        new = latent_frames(args.frames) - (0 if init is None else init.shape[2])
-        widest = max(chunk_sizes(new, args.chunk, args.first_chunk))
-        if args.window is not None and args.window < widest + args.sink:
-            raise InputError(f'--window {args.window} is smaller than a chunk of {widest} and a sink of {args.sink} '
-                             'latent frames together')
-        if args.overlap and (args.overlap % args.chunk or args.overlap >= latent_frames(args.segment)):
-            raise InputError(f'--overlap {args.overlap} must be a multiple of the chunk of {args.chunk}, and less than '
-                             f'the {latent_frames(args.segment)} latent frames of a segment')
-        solver = args.bidirectional and not args.timesteps
-        if not solver:
-            args.unused(f'a few-step generator is sampled at its timesteps, {format_steps(args.timesteps)}',
-                        'steps', 'solver', 'shift', 'guidance', 'negative')
-        elif args.guidance == 1:
-            args.unused('--guidance 1 needs none', 'negative')
-        negative = text([args.negative]) if solver and args.guidance != 1 else None
-        if solver:
-            process.print(f'{args.model} is sampled as the bidirectional teacher: {args.steps} {args.solver} steps, '
-                          f'shift {args.shift}, guidance {args.guidance}'
-                          + ('' if args.weights else '; a causal generator would come with --checkpoint'))
-        else:
-            how = 'all frames at once' if args.bidirectional else f'chunks of {args.chunk} latent frames'
-            process.print(f'timesteps {format_steps(args.timesteps)}; {how}')
-        if args.compile:
-            model = compile_for_inference(model, vae)
-        mine = jobs[process.rank::process.world]
-        if args.jobs:  # what is there stays, if it is a video
-            with ThreadPoolExecutor() as side:
-                there = side.map(lambda path: path.exists() and frames_in(path), (path for *_, path in mine))
-                mine = [job for job, frames in zip(mine, there) if not frames]
-            left = process.mean(torch.tensor(float(len(mine)), device=process.device)).item() * process.world
-            process.print(f'{len(jobs)} videos, {left:.0f} of them to be made')
-        for prompt, seed, path in mine:
-            for _ in range(2 if args.bench else 1):
-                if args.bench:
-                    text.rows.cache_clear()  # else the second run finds the prompt encoded
-                clock = generate((model, vae, text), args, prompt, seed, path, process, negative, init)
-            if args.bench:
-                bench_table(clock, args, dtype, process)
-            seconds = clock.seconds['total'][0]
+        check_chunks(args, 0 if init is None else init.shape[2])
+        process.print(described(args))
+        for prompt, seed, path in still_to_make(jobs, args, process):
+            began = time.perf_counter()
+            if args.timesteps is None:
+                pieces = teacher_video(model, vae, text, args, prompt, seed)
+            elif args.overlap:
+                pieces = overlapping_video(model, vae, text, args, prompt, seed)
+            else:
+                pieces = causal_video(model, vae, text, args, prompt, seed, init)
+            with video_file(path, args) as write:
+                for piece in pieces:
+                    write(piece)
+            seconds = time.perf_counter() - began
             print(f'{path}: {args.frames} frames at {args.width}x{args.height} in {seconds:.1f} s '
                   f'({args.frames / seconds:.1f} FPS)', flush=True)
 

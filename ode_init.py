@@ -28,16 +28,16 @@ import shutil
 import sys
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
 from wan_causal import (EMA, FRAMES, NEGATIVE_PROMPT, PIXELS, SEED, InputError, Parser, Run, Trajectories,
                         block_causal, check_writable, chunk_sizes, claim_folder, compute_dtype, draw_per_chunk,
-                        find_folder, format_steps, gaussian, latent_shape, load_dit, load_generator, load_text_encoder,
-                        load_vae, machine_flags, number, ode_trajectory, parse_stage, processes, read_prompts,
+                        find_folder, format_steps, gaussian, guided_velocity, latent_shape, load_dit, load_generator, load_text_encoder,
+                        load_vae, machine_flags, number, parse_stage, processes, read_prompts,
                         refuse_unused, replace_file, run_script, sample_generators, sample_numbers, say_cut,
                         set_threads, shift_sigma, shuffled, tiny_model, trainable, training_flags, warped_steps, whole,
                         write_tensors, x0_from_v)
+
+import torch
+from tqdm import tqdm
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -55,6 +55,19 @@ def solver_grid(timesteps, shift, count):
         n = max(1, round(count * (high - low)))
         sigmas += [t / 1000] + [shift_sigma(high + (low - high) * i / n, shift) for i in range(1, n)]
     return sigmas + [0.0], indices + [len(sigmas)]
+
+
+def euler_trajectory(model, noise, context, negative, sigmas, guidance):
+    """Solve dx/dsigma = v(x, sigma) from noise (B, C, F, H, W) by Euler steps; yield x at each of `sigmas`.
+
+    context, negative (B, L', text_dim); sigmas fall from 1 to 0.
+    """
+    x = noise
+    yield x
+    for sigma, lower in zip(sigmas, sigmas[1:]):
+        v = guided_velocity(model, x, 1000 * sigma, context, negative, guidance)
+        x = x + (lower - sigma) * v
+        yield x
 
 
 def pick_states(trajectory, index):
@@ -170,7 +183,7 @@ def sample(args, process):
             generators = sample_generators(args, numbers, device)  # of the trajectory's number, not of the rank's turn
             noise = gaussian((len(numbers), *shape), generators, device)
             context = text([shuffled(prompts, n, args.seed) for n in numbers])
-            states = ode_trajectory(model, noise, context, negative.expand_as(context), sigmas, args.guidance, 'euler')
+            states = euler_trajectory(model, noise, context, negative.expand_as(context), sigmas, args.guidance)
             done.append(torch.stack([x for i, x in enumerate(states) if i in kept], dim=1))  # (B, K + 1, C, F, H, W)
             bar.update(len(numbers))
         trajectory = torch.cat(done).half().cpu()

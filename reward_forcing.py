@@ -6,9 +6,8 @@ Paper: Reward-Forcing (arXiv 2601.16933; not 2512.04678, another paper of nearly
 One step:
   1. roll out a video chunk by chunk with the KV cache, as at inference; every chunk stops at a shared exit step
   2. decode it, score the last frame:  r = R(frame, prompt)
-  3. g = dr/dx0, through the reward and the decoder, for the rewarded latent frames alone
-  4. loss = -<sg(g), x0>, whose gradient in them is that of -r: through the exit step of the chunks that hold those
-     frames. The history (the cache) is a constant.
+  3. loss = -mean r. Its gradient goes back through the reward, the decoder (its memory of earlier latent frames, as far
+     as --reward-past says) and the exit step of the chunks that it reaches. The history (the cache) is a constant.
 No teacher, no critic, no data but prompts.
 
   paper        code                 paper        code
@@ -17,8 +16,8 @@ No teacher, no critic, no data but prompts.
 
 "Random frames" are one frame for each update. Where the paper is silent: exit step drawn at random (Self Forcing), no
 warm-up, 600 steps, gradients clipped at 10.
-What the decoder remembers of the latent frames before a rewarded one is a constant, so that its graph does not grow
-with the video; the rest holds four fifths of the squared gradient in the tiny world.
+
+PASTNOTE
 
     python reward_forcing.py --init runs/ode/model.safetensors --out runs/reward           # tiny model, CPU, minutes
     torchrun --standalone --nproc_per_node 8 reward_forcing.py --model Wan-AI/Wan2.1-T2V-1.3B \\
@@ -27,13 +26,13 @@ A reward of your own, any callable (video (B, 3, T, H, W) in [-1, 1], prompts) -
 """
 import random
 
-import torch
-
-from wan_causal import (EMA, InputError, Parser, Run, block_causal, chunk_sizes, claim_folder, compute_dtype,
+from wan_causal import (EMA, InputError, Parser, Run, block_causal, checked_reward, chunk_sizes, claim_folder, compute_dtype,
                         find_folder, format_steps, frame_reward, gaussian, latent_frame, latent_motion, latent_shape,
                         load_function, load_generator, load_image_reward, load_text_encoder, load_vae, parse_stage,
-                        processes, read_prompts, refuse_unused, reward_gradient, rollout, run_script,
+                        processes, read_prompts, refuse_unused, rewarded_video, rollout, run_script,
                         sample_generators, sample_numbers, say_cut, shuffled, trainable, training_flags, whole)
+
+import torch
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -46,6 +45,11 @@ def load_reward(args, process, prompts):
         say_cut(process, prompts, model, 'ImageReward')
         return frame_reward(model)
     return load_function(args.reward, '--reward', 'imagereward')
+
+
+def past(text):
+    """An argparse type: a number of latent frames, or all of them (-> None)."""
+    return None if text == 'all' else whole(0)(text)
 
 
 def rewarded_frames(mode, frames, random):
@@ -63,8 +67,9 @@ def parse_args(argv=None):
     g.add_argument('--reward', default='imagereward', help='imagereward, or module:function')
     g.add_argument('--reward-model', default='THUDM/ImageReward', help='ImageReward\'s folder or hub repository')
     g.add_argument('--reward-frames', choices=['last', 'random', 'all'], default='last', help='which frames it sees')
-    g.add_argument('--decode-past', type=whole(1), metavar='N',
-                   help='decode from N latent frames before the rewarded ones (default: from the start, exactly)')
+    g.add_argument('--reward-past', type=past, default=2, metavar='N',
+                   help='through how many latent frames before a rewarded one the gradient goes on in the decoder\'s '
+                        'memory; all: exact')
     g.add_argument('--exit-step', choices=['random', 'last'], default='random',
                    help='the denoising step whose prediction is rewarded, shared by all chunks')
     g.add_argument('--chunk', type=whole(1), help='latent frames per chunk; 1 is frame-wise (default: as --init)')
@@ -116,8 +121,9 @@ def train(args, process):
         steer = random.Random(f'{args.seed} {step}')  # the same on all ranks
         exit_step = steer.randrange(len(steps)) if args.exit_step == 'random' else len(steps) - 1
         frames = rewarded_frames(args.reward_frames, args.frames, steer)
-        first, last = (layout.chunk[latent_frame(frame)] for frame in (frames[0], frames[-1]))  # chunks they lie in
-        rolled = chunks[:last + 1]  # nothing after the last rewarded frame is needed
+        rolled = chunks[:layout.chunk[latent_frame(frames[-1])] + 1]  # nothing after the last rewarded one is needed
+        reached = 0 if args.reward_past is None else max(0, latent_frame(frames[0]) - args.reward_past)
+        grad_from = layout.chunk.index(layout.chunk[reached])  # the first latent frame of the first chunk reached
         rewards, motion = [], 0
         for micro in range(args.accum):
             numbers = sample_numbers(args, process, step, micro)
@@ -126,12 +132,11 @@ def train(args, process):
             context, noise = text(captions).float(), gaussian((args.batch, *shape), generators, device)
             with process.sync(generator, micro == args.accum - 1):
                 parts = rollout(generator, noise[:, :, :sum(rolled)], context, steps, rolled, exit_step=exit_step,
-                                grad_from=sum(chunks[:first]), generator=generators)
+                                grad_from=grad_from, generator=generators)
                 x0 = torch.cat([part.x0 for part in parts], dim=2)  # (B, C, F, H, W)
-                r, gradient = reward_gradient(reward, vae, x0.detach(), captions, frames, args.decode_past)
-                loss = -(gradient * x0).sum() / (args.batch * args.accum)  # gradient of the mean of -r
-                loss.backward()
-            rewards.append(r)
+                r = checked_reward(reward, rewarded_video(vae, x0, frames, args.reward_past), captions)  # (B,)
+                (-r.mean() / args.accum).backward()
+            rewards.append(r.detach())
             motion += latent_motion(x0.detach()).item() / args.accum
         rewards = torch.cat(rewards)
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip)

@@ -32,18 +32,23 @@ import operator
 import os
 import re
 import shutil
+import subprocess
 import sys
 import time
 import unicodedata
 from pathlib import Path, PurePosixPath
 
-import numpy as np
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-import torch.utils.checkpoint
-from torch.utils._pytree import tree_leaves
-from tqdm import tqdm
+try:
+    import numpy as np
+    import torch
+    import torch.nn as nn
+    import torch.nn.functional as F
+    import torch.utils.checkpoint
+    from torch.utils._pytree import tree_leaves
+    from tqdm import tqdm
+except KeyboardInterrupt:  # these take seconds, so the scripts import this file before anything else
+    print('error: stopped by Ctrl-C', file=sys.stderr)
+    sys.exit(130)
 
 # Recompute in the backward pass instead of keeping activations; nothing in them is random.
 checkpoint = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
@@ -115,6 +120,16 @@ def gaussian(shape, generator, device):
         return torch.cat([gaussian((1, *shape[1:]), g, device) for g in generator])
     where = device if generator is None else generator.device
     return torch.randn(shape, generator=generator, device=where).to(device)
+
+
+def guided_velocity(model, x, t, context, negative, guidance, **kwargs):
+    """Classifier-free guidance: v_uncond + guidance (v_cond - v_uncond); t a number, or (B,)."""
+    t = t if torch.is_tensor(t) else torch.full((x.shape[0],), float(t), device=x.device)
+    v = model(x, t, context, **kwargs)
+    if guidance == 1:
+        return v
+    v_uncond = model(x, t, negative, **kwargs)
+    return v_uncond + guidance * (v - v_uncond)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -564,13 +579,6 @@ class WanModel(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim * 6))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
-        for name, module in self.named_modules():  # as in Wan's init_weights
-            if isinstance(module, nn.Linear):
-                embedding = name.startswith(('text_embedding', 'time_embedding'))
-                (functools.partial(nn.init.normal_, std=0.02) if embedding else nn.init.xavier_uniform_)(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
-        nn.init.zeros_(self.head.head.weight)
 
     def forward(self, x, t, context, layout=None, cache=None, start=0):
         """One forward for every use; what differs is data.
@@ -785,130 +793,31 @@ def checked_reward(reward, video, prompts):
     return rewards.to(video.device)
 
 
-def reward_gradient(reward, vae, latents, prompts, frames, past=None):
-    """Rewards (B,) of some video frames, and their gradient in the latents (B, C, F, H, W), zero where not rewarded.
+def rewarded_video(vae, latents, frames, past=None):
+    """The video frames that a reward looks at, with gradient to the latents.
 
-    frames: ascending. past: decode from so many latent frames before the first rewarded one, at least 1 (None: from
-    the start, which is exact; but the decoder hardly remembers what lies far back).
-    The video is decoded once without a graph, up to the last frame that is needed. The reward's gradient in the pixels
-    is then taken back through the decoder for one latent frame at a time, from the decoder's memory of the earlier
-    ones, which is a constant: the graph is that of one latent frame, however many are rewarded.
+    latents (B, C, F, H, W); frames: their numbers, ascending -> (B, 3, len(frames), 8H, 8W).
+
+    A frame depends on its own latent frame, and through what the decoder remembers on all those before it. past: the
+    gradient goes on in that memory through so many latent frames before a rewarded one; what lies further back is a
+    constant. None: through all of them, which is exact.
+
+    A few latent frames at a time are decoded under a checkpoint: what stays until the backward pass is the memory
+    before them (1.9 GB at 480x832 in bfloat16), not their activations.
     """
-    where = [latent_frame(frame) for frame in frames]
-    begin = 0 if past is None else max(0, where[0] - past)
-    shown = [frame - 4 * begin for frame in frames]  # a decoder's first latent frame gives one video frame
-    cache, video = {}, []
-    with torch.no_grad():
-        for i in range(begin, where[-1] + 1):
-            if i == where[0]:
-                memory = dict(cache)  # the tensors in it are replaced by later frames, never written to
-            video.append(vae.decode(latents[:, :, i:i + 1], cache))
-        video = torch.cat(video, dim=2)
-        cache.clear()  # gigabytes at full size
-    picked = video[:, :, shown].requires_grad_()  # (B, 3, len(frames), H, W)
-    with torch.enable_grad():
-        rewards = checked_reward(reward, picked, prompts)
-        pixels = torch.zeros_like(video)
-        pixels[:, :, shown], = torch.autograd.grad(rewards.sum(), picked)
-    gradient = torch.zeros_like(latents)
-    for i in range(where[0], where[-1] + 1):
-        z = latents[:, :, i:i + 1].detach().requires_grad_()
-        with torch.set_grad_enabled(i in where):
-            out = vae.decode(z, memory)
-        if i in where:
-            start = max(0, 4 * (i - begin) - 3)
-            gradient[:, :, i:i + 1], = torch.autograd.grad(out, z, pixels[:, :, start:start + out.shape[2]])
+    where, count = {latent_frame(frame) for frame in frames}, 1 + latent_frame(max(frames))
+    n = 1 if past is not None else 3  # per checkpoint; with all frames a third of the memories, or 80 GB are too few
+    past = count if past is None else past
+    memory, video = {}, []
+    for i in range(0, count, n):
+        last = min(i + n, count) - 1
+        remembered = any(last < w <= last + past for w in where)  # by a rewarded frame further on
+        graph = torch.is_grad_enabled() and (remembered or any(i <= w <= last for w in where))
+        with torch.set_grad_enabled(graph):
+            video.append(recomputed(vae.decode, latents[:, :, i:last + 1], memory))
+        if not remembered:
             memory = {module: x.detach() if torch.is_tensor(x) else x for module, x in memory.items()}
-    return rewards.detach(), gradient
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The teacher's ODE
-
-def sigma_schedule(steps=50, shift=5.0):
-    """Noise levels of the multi-step sampler, high to low, ending in 0: (steps + 1,) float64.
-
-    As Wan's FlowUniPC: linspace(0.999, 0) without its end, shifted.
-    """
-    return torch.cat([shift_sigma(torch.linspace(0.999, 0, steps + 1, dtype=torch.float64)[:-1], shift),
-                      torch.zeros(1, dtype=torch.float64)])
-
-
-def guided_velocity(model, x, t, context, negative, guidance, **kwargs):
-    """Classifier-free guidance: v_uncond + guidance (v_cond - v_uncond); t a number, or (B,)."""
-    t = t if torch.is_tensor(t) else torch.full((x.shape[0],), float(t), device=x.device)
-    v = model(x, t, context, **kwargs)
-    if guidance == 1:
-        return v
-    v_uncond = model(x, t, negative, **kwargs)
-    return v_uncond + guidance * (v - v_uncond)
-
-
-@torch.no_grad()
-def ode_trajectory(model, noise, context, negative, sigmas, guidance=5.0, solver='unipc'):
-    """Solve the probability-flow ODE from noise; yield x at each sigma, the last one clean.
-
-    noise (B, C, F, H, W); context, negative (B, L', text_dim); sigmas (n + 1,), falling, see `sigma_schedule`.
-    solver: 'euler', or 'unipc' (order 2, B2(h), data prediction, as Wan uses it; there t is rounded down to a whole
-    number, as Wan does).
-    """
-    step = {'euler': euler_step, 'unipc': UniPC().step}[solver]
-    sigmas, x = [float(s) for s in sigmas], noise
-    for i, sigma in enumerate(sigmas[:-1]):
-        t = int(1000 * sigma) if solver == 'unipc' else 1000 * sigma
-        v = guided_velocity(model, x, t, context, negative, guidance)
-        yield x
-        x = step(x, v, sigmas, i)
-    yield x
-
-
-def euler_step(x, v, sigmas, i):
-    """x at sigmas[i] -> x at sigmas[i + 1]."""
-    return x + (sigmas[i + 1] - sigmas[i]) * v
-
-
-class UniPC:
-    """UniPC of order 2 (arXiv 2302.04867, algorithm 1-2 with B2(h) = e^h - 1) for flow models.
-
-    With alpha = 1 - sigma and lambda = log(alpha / sigma), one call corrects x with the model output at it, then
-    predicts the next x. m are x0 predictions.
-    """
-
-    def __init__(self):
-        self.m, self.x, self.order = [], None, 0  # the last two outputs; the last corrected x; order of its predictor
-
-    @staticmethod
-    def log_snr(sigma):
-        if sigma == 0:
-            return math.inf
-        return math.log1p(-sigma) - math.log(sigma) if sigma < 1 else -math.inf
-
-    def step(self, x, v, sigmas, i):
-        lam = [self.log_snr(s) for s in sigmas]
-        m = x - sigmas[i] * v
-        if i > 0:  # corrector, from i - 1 to i, which now knows m at i
-            h = lam[i] - lam[i - 1]
-            if self.order == 1:
-                D = 0.5 * (m - self.m[-1])
-            else:
-                r = (lam[i - 2] - lam[i - 1]) / h
-                b1 = math.expm1(-h) / -h - 1  # phi_2-like terms of eq. 9, divided by B below
-                b2 = b1 / -h - 0.5
-                b1, b2 = b1 / math.expm1(-h), 2 * b2 / math.expm1(-h)
-                rho1 = (b1 - b2) / (1 - r)  # solves rho1 + rho2 = b1, r rho1 + rho2 = b2
-                D = rho1 * (self.m[-2] - self.m[-1]) / r + (b1 - rho1) * (m - self.m[-1])
-            x = self.update(self.x, self.m[-1], D, sigmas[i - 1], sigmas[i], h)
-        self.m, self.x = [*self.m[-1:], m], x
-        self.order = min(2, i + 1, len(sigmas) - 1 - i)  # lower order at both ends
-        h, D = lam[i + 1] - lam[i], 0
-        if self.order == 2:
-            D = 0.5 * (self.m[-2] - m) / ((lam[i - 1] - lam[i]) / h)
-        return self.update(x, m, D, sigmas[i], sigmas[i + 1], h)
-
-    @staticmethod
-    def update(x, m, D, sigma, sigma_next, h):
-        """x' = sigma'/sigma x - alpha' (e^-h - 1)(m + D)."""
-        return sigma_next / sigma * x - (1 - sigma_next) * math.expm1(-h) * (m + D)
+    return torch.cat(video, dim=2)[:, :, frames]
 
 
 # ==========================================================================================================
@@ -1115,12 +1024,23 @@ class Decoder(nn.Module):
 
 
 def recomputed(layer, x, cache):
-    """layer(x, cache), whose activations are computed again in the backward pass, from the past as it is now."""
-    first, past = [cache], dict(cache or {})
+    """layer(x, cache), whose activations are computed again in the backward pass, from the past as it is now.
 
-    def run(x):
-        return layer(x, first.pop() if first else dict(past))  # only the first pass moves the cache on
-    return checkpoint(run, x)
+    The past is given as inputs and comes back as outputs: what a checkpoint within another one closes over would stay
+    alive, what is given to it is recomputed with the rest.
+    """
+    if cache is None:
+        return checkpoint(layer, x)
+    before, after = tuple(cache), []
+
+    def run(x, *past):
+        memory = dict(zip(before, past))
+        out = layer(x, memory)
+        after[:] = memory
+        return out, *memory.values()
+    out, *remembered = checkpoint(run, x, *cache.values())
+    cache.update(zip(after, remembered))
+    return out
 
 
 # Per-channel statistics of Wan 2.1's latents (Wan2.1/wan/modules/vae.py); the model sees (mu - mean) / std.
@@ -1187,18 +1107,6 @@ class WanVAE(nn.Module):
         z = self.conv2((latents * self.std + self.mean).to(self.conv2.weight.dtype))
         video = [self.decoder(part, cache) for part in z.split(at_once, dim=2)]
         return torch.cat(video, dim=2).float().clamp(-1, 1)
-
-    def decode_last(self, latents):
-        """Video frames of the last latent frame only: (B, z_dim, F, h, w) -> (B, 3, 4 or 1, 8h, 8w).
-
-        Only these frames carry gradient, and only to the last latent frame: what the decoder remembers of the
-        earlier ones is computed without a graph, so memory does not grow with the length of the clip.
-        """
-        cache = {}
-        if latents.shape[2] > 1:
-            with torch.no_grad():
-                self.decode(latents[:, :, :-1], cache)
-        return self.decode(latents[:, :, -1:], cache)
 
 
 def to_frames(video):
@@ -1324,10 +1232,7 @@ class ImageReward(nn.Module):
 
     def forward(self, images, ids, mask):
         """Normalised images (B, 3, S, S), token ids and mask (B, 35) -> standardised rewards (B,)."""
-        return self.judge(self.vision(images).last_hidden_state, ids, mask)
-
-    def judge(self, seen, ids, mask):
-        """Image features (B, 1 + patches, C), token ids and mask (B, 35) -> standardised rewards (B,)."""
+        seen = self.vision(images).last_hidden_state  # (B, 1 + patches, C)
         words = self.text(input_ids=ids, attention_mask=mask, encoder_hidden_states=seen,
                           is_decoder=False).last_hidden_state
         return (self.mlp(words[:, 0].float()).squeeze(-1) - self.mean) / self.std
@@ -1337,13 +1242,9 @@ class ImageReward(nn.Module):
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[0] != len(prompts):
             raise ValueError(f'images {tuple(images.shape)} must be (B, 3, H, W) with one prompt each, '
                              f'got {len(prompts)} prompts')
-        return self(clip_preprocess(images, self.image_size), *self.tokenize(prompts))
-
-    def tokenize(self, prompts):
-        """list of B str -> token ids and mask (B, 35)."""
         words = self.tokenizer(list(prompts), padding='max_length', truncation=True, max_length=self.text_len,
-                               return_tensors='pt').to(self.text.device)
-        return words.input_ids, words.attention_mask
+                               return_tensors='pt').to(images.device)
+        return self(clip_preprocess(images, self.image_size), words.input_ids, words.attention_mask)
 
     @staticmethod
     def published_key(key):
@@ -1393,44 +1294,45 @@ def load_function(name, flag, known):
 # ----------------------------------------------------------------------------------------------------------
 # Loading: model folders and hub repositories in both public layouts, and every generator checkpoint in the wild
 
-def loads(what):
-    """Decorator of a function that loads `what`: however a file is damaged, one sentence names it."""
-    def decorate(load):
-        @functools.wraps(load)
-        def wrapped(*args, **kwargs):
-            try:
-                return load(*args, **kwargs)
-            except (InputError, MemoryError, torch.OutOfMemoryError, ImportError, NameError, AssertionError):
-                raise  # a sentence already, the machine's, or a fault of the code
-            except Exception as error:
-                name = next(x for x in (*args, *kwargs.values()) if isinstance(x, (str, Path)))
-                why = f'{type(error).__name__}: {first_line(error)}'
-                raise InputError(f'cannot load {what} of {name} ({why})') from error
-        return wrapped
-    return decorate
+@contextlib.contextmanager
+def understanding(path):
+    """Around the few lines that take a file of another project apart, or hand it to its package: whatever it lacks, or
+    holds instead, becomes one sentence that names it."""
+    try:
+        yield
+    except (InputError, MemoryError, torch.OutOfMemoryError, ImportError):
+        raise  # a sentence already, or the machine's
+    except Exception as error:
+        raise InputError(f'{path} is damaged or of an unknown form ({type(error).__name__}: {first_line(error)})'
+                         ) from error
 
 
 def pretrained(kind, name, dtype=torch.float32, **kwargs):
     """A transformers model of class `kind` from a folder or hub repository, frozen. One that lacks tensors is an
     InputError; transformers alone would fill them with random numbers."""
-    load = loads(f'the {kind.__name__}')(kind.from_pretrained)
-    model, info = load(name, output_loading_info=True, dtype=dtype, **kwargs)
+    with understanding(name):
+        model, info = kind.from_pretrained(name, output_loading_info=True, dtype=dtype, **kwargs)
     if info['missing_keys']:
         raise InputError(f'{name} lacks {len(info["missing_keys"])} of its tensors; it must hold a {kind.__name__}')
     return model.eval().requires_grad_(False)
 
 
-@loads('CLIP')
+def load_tokenizer(name, kind='AutoTokenizer'):
+    """A tokenizer of transformers from a folder or hub repository."""
+    import transformers
+    with understanding(name):
+        return getattr(transformers, kind).from_pretrained(name)
+
+
 def load_clip(name, device='cpu'):
     """CLIP from a folder or hub repository: (model, tokenizer)."""
-    from transformers import AutoTokenizer, CLIPModel
-    return pretrained(CLIPModel, name).to(device), AutoTokenizer.from_pretrained(name)
+    from transformers import CLIPModel
+    return pretrained(CLIPModel, name).to(device), load_tokenizer(name)
 
 
-@loads('the aesthetic head')
 def aesthetic_head(file, width, device='cpu'):
     """LAION's linear head on unit CLIP features: weight (1, width), bias (1,)."""
-    state = read_weights(find_file(file))[0]
+    state = read_state(find_file(file))[0]
     if {key: tuple(value.shape) for key, value in state.items()} != {'weight': (1, width), 'bias': (1,)}:
         raise InputError(f'{file} is no aesthetic head for CLIP features of {width} numbers: it must hold weight '
                          f'(1, {width}) and bias (1,)')
@@ -1519,14 +1421,27 @@ def read_weights(path):
         raise InputError(f'cannot read {path}: {reason}; download it again or convert it to safetensors') from error
 
 
+def read_state(path):
+    """A weight file that must hold tensors by their names, and nothing else -> (state dict, metadata)."""
+    state, metadata = read_weights(path)
+    if not is_state(state):
+        raise InputError(f'{path} holds no state dict: expected tensors by their names')
+    return state, metadata
+
+
+def is_state(x):
+    return isinstance(x, dict) and all(isinstance(k, str) and torch.is_tensor(v) for k, v in x.items())
+
+
 def read_folder(folder, stem='diffusion_pytorch_model'):
     """All tensors of a folder's safetensors, sharded (with its index) or not."""
     folder = Path(folder)
     index = folder / f'{stem}.safetensors.index.json'
     files = [folder / f'{stem}.safetensors']
     if index.exists():
-        files = [folder / name for name in sorted(set(read_json(index)['weight_map'].values()))]
-    return {key: tensor for file in files for key, tensor in read_weights(file)[0].items()}
+        with understanding(index):
+            files = [folder / name for name in sorted(set(read_json(index)['weight_map'].values()))]
+    return {key: tensor for file in files for key, tensor in read_state(file)[0].items()}
 
 
 def read_text(path):
@@ -1627,105 +1542,87 @@ def load_config(folder):
         if raw.get('model_type', 't2v') != 't2v':
             raise InputError(f'{folder} is a {raw["model_type"]} model: only text-to-video (t2v) models are supported')
         known = {f.name for f in dataclasses.fields(WanConfig)}
-        return WanConfig(**{key: value for key, value in raw.items() if key in known})
+        with understanding(folder / 'config.json'):
+            return WanConfig(**{key: value for key, value in raw.items() if key in known})
     index = read_json(folder / 'model_index.json', dict)
-    if index.get('boundary_ratio') or any(index.get('transformer_2') or ()):
-        raise InputError(f'{folder} has two experts (transformer_2, boundary_ratio): Wan 2.2 is not supported')
+    with understanding(folder / 'model_index.json'):
+        if index.get('boundary_ratio') or any(index.get('transformer_2') or ()):
+            raise InputError(f'{folder} has two experts (transformer_2, boundary_ratio): Wan 2.2 is not supported')
     raw = read_json(folder / 'transformer/config.json', dict)
     if raw.get('image_dim') or raw.get('added_kv_proj_dim'):
         raise InputError(f'{folder} is an image-to-video model: only text-to-video models are supported')
-    return WanConfig(dim=raw['num_attention_heads'] * raw['attention_head_dim'], ffn_dim=raw['ffn_dim'],
-                     num_heads=raw['num_attention_heads'], num_layers=raw['num_layers'], freq_dim=raw['freq_dim'],
-                     text_dim=raw['text_dim'], in_dim=raw['in_channels'], out_dim=raw['out_channels'],
-                     patch_size=raw['patch_size'], eps=raw['eps'])
+    with understanding(folder / 'transformer/config.json'):
+        return WanConfig(
+            dim=raw['num_attention_heads'] * raw['attention_head_dim'], ffn_dim=raw['ffn_dim'],
+            num_heads=raw['num_attention_heads'], num_layers=raw['num_layers'], freq_dim=raw['freq_dim'],
+            text_dim=raw['text_dim'], in_dim=raw['in_channels'], out_dim=raw['out_channels'],
+            patch_size=raw['patch_size'], eps=raw['eps'])
 
 
-@loads('the DiT')
 def load_dit(name, dtype=torch.float32, device='cpu'):
     """The DiT of a model folder or hub repository."""
     folder = find_folder(name, DIT_FILES)
-    with torch.device('meta'):
-        model = WanModel(load_config(folder))
+    config = load_config(folder)
+    with torch.device('meta'), understanding(f'the config of {folder}'):
+        model = WanModel(config)
     state = read_folder(folder / 'transformer' if is_diffusers(folder) else folder)
     return load_exactly(model, native_keys(state, model.state_dict()), folder).to(device, dtype)
 
 
-@loads('the VAE')
-def load_vae(name, dtype=torch.float32, device='cpu'):
-    """The VAE of a model folder or hub repository; sizes as the weights say."""
+def load_vae(name, dtype=torch.float32, device='cpu', **sizes):
+    """The VAE of a model folder or hub repository. sizes: of one in Wan's own layout, which does not say them, where
+    they are not the published ones; see `WanVAE`."""
     folder = find_folder(name, VAE_FILES)
-    statistics = {}
     if is_diffusers(folder):
-        raw = read_json(folder / 'vae/config.json')
+        raw = read_json(folder / 'vae/config.json', dict)
         if raw.get('is_residual') or raw.get('patch_size'):
             raise InputError(f'{folder}/vae has the Wan 2.2 layout: only the Wan 2.1 VAE is supported')
-        sizes = dict(dim=raw['base_dim'], z_dim=raw['z_dim'], dim_mult=raw['dim_mult'],
-                     num_res_blocks=raw['num_res_blocks'], temporal_downsample=raw['temperal_downsample'])
-        statistics = dict(latent_mean=raw['latents_mean'], latent_std=raw['latents_std'])
-        state = read_folder(folder / 'vae')
+        with understanding(folder / 'vae/config.json'):
+            vae = WanVAE(dim=raw['base_dim'], z_dim=raw['z_dim'], dim_mult=raw['dim_mult'],
+                         num_res_blocks=raw['num_res_blocks'], temporal_downsample=raw['temperal_downsample'],
+                         latent_mean=raw['latents_mean'], latent_std=raw['latents_std'])
+        names = {vae_diffusers_key(key, raw['num_res_blocks']): key for key in vae.state_dict()}
+        state = {names.get(key, key): value for key, value in read_folder(folder / 'vae').items()}
     else:
-        state = read_weights(folder / 'Wan2.1_VAE.pth')[0]
-        sizes = vae_sizes(state, folder / 'Wan2.1_VAE.pth')
-    vae = WanVAE(**sizes, **statistics)
-    if is_diffusers(folder):
-        names = {vae_diffusers_key(key, sizes['num_res_blocks']): key for key in vae.state_dict()}
-        state = {names.get(key, key): value for key, value in state.items()}
-    return load_exactly(vae, state, folder).to(device, dtype).eval().requires_grad_(False)
+        vae, state = WanVAE(**sizes), read_state(folder / 'Wan2.1_VAE.pth')[0]
+    return load_exactly(vae, state, f'{folder} (VAE)').to(device, dtype).eval().requires_grad_(False)
 
 
-def vae_sizes(state, source):
-    """Read a VAE's sizes off its weights under Wan's own keys."""
-    try:
-        n = min(int(key.split('.')[2]) for key in state if key.endswith('.resample.1.weight') and 'encoder' in key)
-        dim, levels = state['encoder.conv1.weight'].shape[0], range(0, 99, n + 1)
-        last = [f'encoder.downsamples.{i}.residual.6.weight' for i in levels]
-        return dict(dim=dim, z_dim=state['conv2.weight'].shape[0], num_res_blocks=n,
-                    dim_mult=[state[key].shape[0] // dim for key in last if key in state],
-                    temporal_downsample=[f'encoder.downsamples.{i + n}.time_conv.weight' in state for i in levels
-                                         if f'encoder.downsamples.{i + n}.resample.1.weight' in state])
-    except (KeyError, ValueError, AttributeError) as error:
-        raise InputError(f'{source} is not a Wan 2.1 VAE: its keys are not those of Wan2.1_VAE.pth') from error
+UMT5_XXL = dict(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
 
 
-@loads('the text encoder')
-def load_text_encoder(name, dtype=torch.float32, device='cpu', offload=False):
-    """The UMT5 encoder and tokenizer of a model folder or hub repository, as a `TextEncoder`."""
-    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
-    file = 'models_t5_umt5-xxl-enc-bf16.pth'
+def load_text_encoder(name, dtype=torch.float32, device='cpu', offload=False, sizes=UMT5_XXL):
+    """The UMT5 encoder and tokenizer of a model folder or hub repository, as a `TextEncoder`. sizes: of an encoder in
+    Wan's own layout, which does not say them."""
+    from transformers import UMT5Config, UMT5EncoderModel
     folder = find_folder(name, TEXT_FILES)
     # By tokenizer.json, not AutoTokenizer: the T5Tokenizer that Wan's config names has another unknown word.
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(
-        folder / ('tokenizer' if is_diffusers(folder) else 'google/umt5-xxl'))
+    tokenizer = load_tokenizer(folder / ('tokenizer' if is_diffusers(folder) else 'google/umt5-xxl'),
+                               'PreTrainedTokenizerFast')
     if is_diffusers(folder):
         return TextEncoder(pretrained(UMT5EncoderModel, folder / 'text_encoder', dtype), tokenizer, device, offload)
-    state = {t5_key(key): value for key, value in read_weights(folder / file)[0].items()}
-    attention = 'encoder.block.0.layer.0.SelfAttention.'
-    (vocab, d_model), heads = state['shared.weight'].shape, state[attention + 'relative_attention_bias.weight'].shape[1]
+    file = folder / 'models_t5_umt5-xxl-enc-bf16.pth'
+    state = {t5_key(key): value for key, value in read_state(file)[0].items()}
     with torch.device('meta'):
-        encoder = UMT5EncoderModel(UMT5Config(
-            vocab_size=vocab, d_model=d_model, d_kv=state[attention + 'q.weight'].shape[0] // heads, num_heads=heads,
-            d_ff=state['encoder.block.0.layer.1.DenseReluDense.wi_0.weight'].shape[0],
-            num_layers=1 + max(int(key.split('.')[2]) for key in state if '.block.' in key),
-            relative_attention_num_buckets=state[attention + 'relative_attention_bias.weight'].shape[0],
-            relative_attention_max_distance=128, feed_forward_proj='gated-gelu', layer_norm_epsilon=1e-6))
-    state['encoder.embed_tokens.weight'] = state['shared.weight']
-    load_exactly(encoder, state, folder / file).set_input_embeddings(encoder.shared)  # one table again, not two
+        encoder = UMT5EncoderModel(UMT5Config(**sizes, feed_forward_proj='gated-gelu', layer_norm_epsilon=1e-6))
+    if 'shared.weight' in state:
+        state['encoder.embed_tokens.weight'] = state['shared.weight']
+    load_exactly(encoder, state, file).set_input_embeddings(encoder.shared)  # one table again, not two
     return TextEncoder(encoder.to(dtype), tokenizer, device, offload)
 
 
-@loads('the reward model')
 def load_image_reward(name, device='cpu'):
     """ImageReward from a folder or hub repository: ImageReward.pt (the published sizes), or ImageReward.safetensors
     with its sizes as JSON under `config` in the metadata. Words: a tokenizer/ beside it, else bert-base-uncased."""
-    from transformers import AutoTokenizer
     folder = find_folder(name, ['ImageReward.*', 'med_config.json', 'tokenizer/*'])
     file = next((folder / f for f in ('ImageReward.safetensors', 'ImageReward.pt') if (folder / f).exists()), None)
     if file is None:
         raise InputError(f'{folder} holds neither ImageReward.pt nor ImageReward.safetensors')
-    state, metadata = read_weights(file)
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder / 'tokenizer' if (folder / 'tokenizer').is_dir() else 'bert-base-uncased')
-    model = ImageReward(tokenizer, **json.loads(metadata.get('config', '{}')))
+    state, metadata = read_state(file)
+    words = folder / 'tokenizer'
+    tokenizer = load_tokenizer(words if words.is_dir() else 'bert-base-uncased')
+    with understanding(file):
+        model = ImageReward(tokenizer, **json.loads(metadata.get('config', '{}')))
     names = {ImageReward.published_key(key): key for key in model.state_dict()}
     unused = ('blip.vision_proj.', 'blip.text_proj.', 'blip.text_encoder.embeddings.position_ids')
     state = {names.get(key, key): value.float() for key, value in state.items() if not key.startswith(unused)}
@@ -1766,7 +1663,7 @@ def native_keys(state, expected):
             key = f'{module}.' + re.sub(r'^(lora_[AB])\.[^.]+\.', r'\1.', part)  # an adapter's name between them
         elif diffusers:
             key = names.get(key, key)
-        if key == 'patch_embedding.weight' and value.ndim == 2:  # stored as a linear layer
+        if key == 'patch_embedding.weight' and value.numel() == expected[key].numel():  # it may be a linear layer's
             value = value.view(expected[key].shape)
         out[key] = value
     return out
@@ -1785,8 +1682,9 @@ def adapter_config(path, metadata):
     beside = path.parent / 'adapter_config.json'
     config = read_json(beside, dict) if beside.is_file() else {}
     if 'lora_adapter_metadata' in metadata:
-        config = {key.removeprefix('transformer.'): value
-                  for key, value in json.loads(metadata['lora_adapter_metadata']).items()}
+        with understanding(path):
+            config = {key.removeprefix('transformer.'): value
+                      for key, value in json.loads(metadata['lora_adapter_metadata']).items()}
     if 'lora_alpha' in metadata:
         config = {**config, 'lora_alpha': metadata['lora_alpha']}
     unknown = {key: value for key, value in config.items()
@@ -1818,6 +1716,8 @@ def merge_lora(state, base, config=None):
         else:
             full[key] = value
     full, patterns = full or dict(base), config.get('alpha_pattern') or {}
+    if not isinstance(patterns, dict):
+        raise InputError(f'the adapter\'s alpha_pattern is {patterns}, not {{module: alpha}}')
     if lost := [p for p in patterns if not any(named(p, module) for module in parts)]:
         raise InputError(f'the adapter\'s alpha_pattern names {lost[0]}, which is none of its modules')
     for module, part in parts.items():
@@ -1835,7 +1735,7 @@ def merge_lora(state, base, config=None):
                 alpha = next((a for p, a in patterns.items() if named(p, module)), config.get('lora_alpha', len(A)))
             try:
                 scale = float(alpha) / (len(A) ** 0.5 if config.get('use_rslora') else len(A))
-            except ValueError as error:
+            except (TypeError, ValueError, RuntimeError) as error:
                 raise InputError(f'the adapter\'s alpha of {module} is {alpha}, which is no number') from error
             updates += [('weight', scale * (B.float() @ A.float())),
                         ('bias', None if bias is None else scale * bias.float())]
@@ -1850,7 +1750,6 @@ def merge_lora(state, base, config=None):
     return full
 
 
-@loads('the generator')
 def load_checkpoint(model, name, ema=True, onto=False):
     """Load generator weights into a DiT from any layout of the field; return the file's metadata (a dict of str).
 
@@ -1866,7 +1765,7 @@ def load_checkpoint(model, name, ema=True, onto=False):
     wrappers = wrappers if ema else wrappers[2:] + wrappers[:2]
     if isinstance(state, dict):  # an empty one, of a run whose average has not begun, hides nothing
         state = next((state[w] for w in wrappers if isinstance(state.get(w), dict) and state[w]), state)
-    if not isinstance(state, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
+    if not is_state(state):
         raise InputError(f'{path} holds no state dict: expected tensors, or one of {", ".join(wrappers)}')
     for what, sign in (('an ImageReward model', 'blip.'), ('a VAE', 'encoder.downsamples.'),
                        ('a VAE', 'encoder.down_blocks.'), ('a text encoder', 'token_embedding.'),
@@ -1981,6 +1880,15 @@ def replace_file(path, write, mark=''):
 VIDEO = dict(macro_block_size=2, output_params=[
     '-vf', 'scale=out_color_matrix=bt709:out_range=tv', '-color_range', 'tv', '-colorspace', 'bt709',
     '-color_primaries', 'bt709', '-color_trc', 'bt709'])
+
+
+def require_ffmpeg():
+    """A machine without ffmpeg is known before any model is loaded, not at the first video."""
+    from imageio.plugins import ffmpeg
+    try:
+        subprocess.run([ffmpeg.get_exe(), '-version'], capture_output=True, check=True)
+    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        raise InputError(f'videos cannot be written: {first_line(error)}') from error
 
 
 def frames_in(path):
@@ -2210,7 +2118,7 @@ def cause_in_words(error):
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or 'DefaultCPUAllocator' in str(error):
         return f'no memory left, take a smaller --batch, fewer --frames or smaller ones: {first_line(error)}'
     refused = isinstance(error, OSError) and error.errno in (*NO_SPACE, errno.EACCES, errno.EPERM, errno.EROFS)
-    return str(error) if refused or isinstance(error, InputError) or 'No ffmpeg' in str(error) else None
+    return str(error) if refused or isinstance(error, InputError) else None
 
 
 def fails_first():
@@ -2504,6 +2412,8 @@ def claim_folder(args, process):
     state, result = folder / 'state.pt', folder / 'model.safetensors'
     if process.rank > 0:
         return
+    if args.sample_every:
+        require_ffmpeg()
     if state.exists() and not args.resume:
         raise InputError(f'{folder} already holds a run: go on with --resume, or give another --out')
     if result.exists() and not state.exists() and not temporary_name(state).exists():  # this: killed while saving

@@ -32,6 +32,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import BatchEncoding
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
@@ -42,8 +43,8 @@ import miniature  # noqa: E402
 import ode_init  # noqa: E402
 import reward_forcing  # noqa: E402
 from wan_causal import (  # noqa: E402
-    CONFIGS, ImageReward, Process, WanConfig, WanModel, WanVAE, block_causal, chunk_sizes,
-    compute_dtype, dit_diffusers_key, latent_frames, ode_trajectory, rollout, to_frames,
+    CONFIGS, UMT5_XXL, ImageReward, Process, WanConfig, WanModel, WanVAE, block_causal, chunk_sizes,
+    compute_dtype, dit_diffusers_key, latent_frames, peak_memory, processes, rollout, to_frames,
     vae_diffusers_key, warped_steps)
 
 SIZES = {**CONFIGS, 'middle': WanConfig(dim=512, ffn_dim=2048, num_heads=8, num_layers=8, text_dim=64, text_len=32)}
@@ -100,10 +101,10 @@ class Bench:
     def text(self, config):
         """Seconds of encoding a prompt of text_len tokens with random weights: UMT5-XXL, or the tiny encoder."""
         from transformers import UMT5Config, UMT5EncoderModel
-        sizes = dict(d_kv=64, d_ff=10240, num_heads=64, num_layers=24, vocab_size=256384) \
-            if config.text_dim == 4096 else dict(d_kv=16, d_ff=128, num_heads=4, num_layers=2, vocab_size=64)
+        sizes = UMT5_XXL if config.text_dim == 4096 else dict(
+            d_model=config.text_dim, d_kv=16, d_ff=128, num_heads=4, num_layers=2, vocab_size=64)
         with torch.device('meta'):
-            encoder = UMT5EncoderModel(UMT5Config(d_model=config.text_dim, feed_forward_proj='gated-gelu', **sizes))
+            encoder = UMT5EncoderModel(UMT5Config(feed_forward_proj='gated-gelu', **sizes))
         encoder = encoder.to(self.dtype).to_empty(device=self.device).eval()
         for weight in encoder.parameters():
             torch.nn.init.normal_(weight, std=0.02)
@@ -205,6 +206,52 @@ def generate(args, bench):
         ('limit of the decoder', f'{decoding / 1e12:.3f} TFLOP, {decoding / speed:.3f} s: '
                                  f'{100 * decoding / speed / max(whole - alone, 1e-9):.0f} % reached'),
         ('peak memory', f'{memory:.2f} GiB, without text encoder' if bench.cuda else 'not measured on a CPU')]
+
+
+@torch.no_grad()
+def video(args, more):
+    """Where the time of a real video of generate.py goes, whose flags are `more`: the second of two runs."""
+    flags = generation.parse_args(more)
+    (prompt, seed, path), *_ = generation.read_jobs(flags)
+    flags.quiet = True
+    with processes(flags.device) as process:
+        model, vae, text = generation.load(flags, process)
+        make = generation.teacher_video if flags.timesteps is None else generation.causal_video
+        generation.check_chunks(flags, 0)
+        cuda, seconds = process.device.type == 'cuda', {}
+
+        def timed(part, function):
+            def call(*args, **kwargs):
+                start = now()
+                result = function(*args, **kwargs)
+                seconds[part] = seconds.get(part, 0) + now() - start
+                return result
+            return call
+
+        def now():
+            if cuda:
+                torch.cuda.synchronize()
+            return time.perf_counter()
+        encode, vae.decode = timed('text', text), timed('decoder', vae.decode)
+        for _ in range(2):
+            text.rows.cache_clear()  # else the second run finds the prompt encoded
+            seconds.clear()
+            began, marks = now(), []
+            with generation.video_file(path, flags) as write:
+                for piece in make(model, vae, encode, flags, prompt, seed):
+                    write(piece)
+                    marks.append(now())
+            seconds['total'] = now() - began
+    rest = seconds['total'] - seconds['text']
+    card = torch.cuda.get_device_name(process.device) if cuda else 'CPU'
+    yield from [
+        ('video', f'{flags.width}x{flags.height}, {flags.frames} frames; {card}, torch {torch.__version__}'),
+        ('text', f'{seconds["text"]:.3f} s'), ('decoder', f'{seconds["decoder"]:.3f} s'),
+        ('DiT and writing', f'{rest - seconds["decoder"]:.3f} s'),
+        ('first chunk, without text', f'{marks[0] - began - seconds["text"]:.3f} s'),
+        ('end to end', f'{seconds["total"]:.3f} s'),
+        ('end to end, without text', f'{rest:.3f} s, {flags.frames / rest:.2f} FPS'),
+        ('peak memory', f'{peak_memory(process.device):.2f} GiB')]
 
 
 @torch.no_grad()
@@ -362,7 +409,8 @@ def random_stage(module, argv, sizes, size, batch, device=torch.device('cpu')):
 
     def image_reward(*_):
         model = random_model(ImageReward, device=device).requires_grad_(False)
-        model.tokenize = lambda prompts: [torch.ones(len(prompts), 35, dtype=torch.long, device=device)] * 2
+        model.tokenizer = lambda prompts, **_: BatchEncoding(dict.fromkeys(
+            ('input_ids', 'attention_mask'), torch.ones(len(prompts), 35, dtype=torch.long, device=device)))
         return model
 
     def text(*_):
@@ -414,7 +462,7 @@ def fake_generation(config, bidirectional, size, batch):
     noise = torch.randn(batch, 16, latent_frames(frames), height // 8, width // 8)
     text = torch.zeros(batch, config.text_len, config.text_dim)
     if bidirectional:
-        *_, x = ode_trajectory(model, noise, text, text, [0.999, 0.8, 0.5, 0.0])
+        *_, x = generation.ode_trajectory(model, noise, text, text, [0.999, 0.8, 0.5, 0.0])
         vae.decode(x, at_once=3)
         return
     memory = {}
@@ -459,7 +507,7 @@ def memory(args):
 
 def main():
     p = argparse.ArgumentParser(description='Speed and memory of this project on this machine.')
-    p.add_argument('verb', choices=['generate', 'peers', 'train', 'memory', 'check'])
+    p.add_argument('verb', choices=['generate', 'video', 'peers', 'train', 'memory', 'check'])
     p.add_argument('--size', choices=SIZES, default='tiny', help='of the random weights')
     p.add_argument('--height', type=int, help='pixels (default: the size\'s own)')
     p.add_argument('--width', type=int, help='pixels')
@@ -476,11 +524,14 @@ def main():
     p.add_argument('--parts', nargs='+', choices=parts, default=parts, help='check: which of its parts')
     p.add_argument('--only', default='', help='check, memory: those whose name has a match of this')
     p.add_argument('--out', default='gpu.json', help='check: the file of its rows; Markdown goes beside it')
-    p.epilog = 'train: what follows -- are flags of all stages.'
+    p.epilog = 'train, video: what follows -- are flags of all stages, or of generate.py.'
     cut = sys.argv.index('--') if '--' in sys.argv else len(sys.argv)
     args = p.parse_args(sys.argv[1:cut])
     if args.verb == 'train':
         train(args, sys.argv[cut + 1:])
+    elif args.verb == 'video':
+        for name, value in video(args, sys.argv[cut + 1:]):
+            print(f'{name:<31}{value}', flush=True)
     elif args.verb == 'memory':
         memory(args)
     elif args.verb == 'check':

@@ -38,7 +38,7 @@ from generate import compile_for_inference
 from wan_causal import (
     CONFIGS, ImageReward, WanConfig, WanModel, WanVAE, attend, block_causal, chunk_weights, consistency_kernel,
     first_line, frame_reward, interleave, interleaved, interleaved_x0, load_exactly, load_image_reward,
-    load_text_encoder, load_vae, noisy_part, reward_gradient, rollout, v_from_x0, warped_steps, x0_from_v)
+    load_text_encoder, load_vae, noisy_part, rewarded_video, rollout, v_from_x0, warped_steps, x0_from_v)
 
 GOLDEN, TINY = ROOT / 'tests/golden', ROOT / 'tests/tiny'
 CHUNKS = [3, 3, 3]
@@ -284,8 +284,7 @@ def losses(device):
 
     def reward(model):
         x0 = rolled(model)
-        _, gradient = reward_gradient(frame_reward(judge), vae, x0.detach(), prompts, [32])
-        return -(gradient * x0).sum()
+        return -frame_reward(judge)(rewarded_video(vae, x0, [32]), prompts).mean()
 
     def policy(model):
         x0 = interleaved_x0(model, noise, t, clean, context, CHUNKS)

@@ -34,6 +34,10 @@ def golden_state(name):
         return json.loads(file.metadata()["config"]), load_file(path)
 
 
+# The sizes of the reference UMT5 encoder, whose file does not say them.
+GOLDEN_T5 = dict(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+
+
 @pytest.fixture(scope="session")
 def golden():
     return load_file(GOLDEN / "tensors.safetensors")

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import bench  # noqa: E402
 import check  # noqa: E402
 import wan_causal  # noqa: E402
-from wan_causal import CONFIGS, WanModel, WanVAE, reward_gradient  # noqa: E402
+from wan_causal import CONFIGS, WanModel, WanVAE, rewarded_video  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -71,17 +71,22 @@ def test_fake_tensors_take_the_memory_of_real_ones():
     assert abs(fake - real) < 0.02 * real
 
 
-def test_rewarding_all_frames_needs_no_more_memory_than_their_pixels():
+def test_the_rewards_graph_grows_by_the_decoders_memory_alone():
+    """A latent frame more costs what the decoder remembers, not what it computes."""
     vae = WanVAE(4, num_res_blocks=1).eval().requires_grad_(False)
     vae.decoder.checkpointing = True
 
-    def peak(frames):
+    def peak(frames, past):
         with bench.Ledger() as ledger:
-            reward_gradient(lambda video, prompts: video.mean((1, 2, 3, 4)), vae, torch.zeros(2, 16, 7, 4, 4),
-                            ["a prompt"] * 2, frames)
+            z = torch.zeros(2, 16, 7, 4, 4, requires_grad=True)
+            rewarded_video(vae, z, frames, past).mean().backward()
         return ledger.peak
-    pixels = 2 * 25 * 3 * 32 * 32 * 4  # bytes of the video
-    assert peak(list(range(25))) - peak([24]) < 3 * pixels
+    memory, pixels = {}, 2 * 25 * 3 * 32 * 32 * 4  # bytes of the video
+    vae.decode(torch.zeros(2, 16, 7, 4, 4), memory)
+    remembered = sum(x.nbytes for x in memory.values() if torch.is_tensor(x))
+    each = (peak([24], 5) - peak([24], 1)) / 4
+    assert 0.9 * remembered < each < 1.3 * remembered
+    assert peak(list(range(25)), None) - peak([24], None) < 3 * pixels
 
 
 def test_simulated_generation_takes_the_size_that_was_asked_for():
@@ -116,6 +121,14 @@ def test_generate_prints_what_it_measured():
     for name in ("text", "decoder per chunk", "first chunk", "end to end, without text", "DiT alone",
                  "limit of the DiT", "limit of the decoder", "least traffic of the DiT", "peak memory"):
         assert re.search(r"\d", rows[name]) or "not measured on a CPU" in rows[name]
+
+
+def test_a_video_is_measured(tmp_path):
+    done = run("tests/bench.py", "video", "--", "a red circle", "--frames", 21, "--out", tmp_path / "x.mp4")
+    assert done.returncode == 0, done.stderr
+    for row in ("text", "decoder", "DiT and writing", "first chunk, without text", "end to end, without text",
+                "peak memory"):
+        assert f"\n{row} " in done.stdout
 
 
 def test_check_runs_everything_on_a_cpu(tmp_path):

@@ -1,7 +1,7 @@
 """What the public Self-Forcing and ImageReward code computes, reproduced to 1e-4 or better in float32."""
 import pytest
 import torch
-from conftest import GOLDEN, golden_state
+from conftest import GOLDEN, GOLDEN_T5, golden_state
 from safetensors.torch import load_file
 
 import wan_causal as wc
@@ -78,7 +78,7 @@ def test_umt5(golden, tmp_path):
     config, state = golden_state("umt5")
     make_tokenizer().save_pretrained(tmp_path / "google" / "umt5-xxl")
     torch.save(state, tmp_path / "models_t5_umt5-xxl-enc-bf16.pth")
-    encoder = wc.load_text_encoder(tmp_path).encoder
+    encoder = wc.load_text_encoder(tmp_path, sizes=GOLDEN_T5).encoder
     assert encoder.config.num_layers == config["num_layers"] and encoder.config.d_ff == config["dim_ffn"]
     with torch.no_grad():
         out = encoder(input_ids=golden["umt5.ids"], attention_mask=golden["umt5.mask"]).last_hidden_state

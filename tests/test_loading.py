@@ -1,4 +1,5 @@
 """Every layout of weights in the wild, built small on disk and loaded; and everything that must be refused."""
+import functools
 import json
 import os
 import pickle
@@ -8,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, random_dit
+from conftest import GOLDEN_T5, ROOT, SMALL, golden_state, random_dit
 from safetensors.torch import load_file, save_file
 
 import wan_causal as wc
@@ -350,7 +351,6 @@ def test_a_failed_save_leaves_the_old_file(tmp_path):
 
 def test_published_image_reward(tmp_path):
     """ImageReward.pt has the unused projections and a position_ids buffer, and ImageReward.safetensors its sizes."""
-    from conftest import golden_state
     config, state = golden_state("imagereward")
     assert any(key.startswith("blip.vision_proj.") for key in state)
     (tmp_path / "tokenizer").mkdir()
@@ -447,7 +447,7 @@ def broken(tmp_path, kind):
     ("missing keys", "missing"), ("extra keys", r"1 unexpected \(img_emb.proj.0.weight\)"),
     ("reward model", "is an ImageReward model"), ("vae", "is a VAE"), ("lora for another module", "does not fit"),
     ("half a lora", "does not fit"), ("a lora of two ranks", "does not fit"), ("a flat lora", "does not fit"),
-    ("numbered tensors", "holds no state dict"), ("another patch", r"cannot load the generator of .*bad.pt \(Runtime"),
+    ("numbered tensors", "holds no state dict"), ("another patch", r"1 of another shape \(patch_embedding.weight \(3, 5\)"),
     ("words for numbers", "alpha of blocks.0.ffn.0 is much, which is no number")])
 def test_refused_in_one_sentence_and_model_untouched(tmp_path, capsys, kind, words):
     model = random_dit(7)
@@ -459,12 +459,16 @@ def test_refused_in_one_sentence_and_model_untouched(tmp_path, capsys, kind, wor
 
 # -------------------------------------------------------------------------------------------- model folders
 
+VAE_SIZES = dict(dim=4, num_res_blocks=1)
+load_vae = functools.partial(wc.load_vae, **VAE_SIZES)  # Wan's own layout does not say sizes
+load_text = functools.partial(wc.load_text_encoder, sizes=GOLDEN_T5)
+
+
 def write_original(folder, shards=1, tokenizer=True):
     """A folder in Wan's own layout; returns the (DiT, VAE) that are in it."""
     from tiny_world import make_tokenizer
-    from conftest import golden_state
     folder.mkdir(parents=True, exist_ok=True)
-    dit, vae = random_dit(0, text_dim=32), wc.WanVAE(4, dim_mult=[1, 2, 4, 4], num_res_blocks=1)
+    dit, vae = random_dit(0, text_dim=32), wc.WanVAE(**VAE_SIZES)
     config = {**SMALL, "text_dim": 32, "in_dim": 16, "out_dim": 16, "eps": 1e-6, "model_type": "t2v",
               "_class_name": "WanModel", "_diffusers_version": "0.30.0"}
     (folder / "config.json").write_text(json.dumps(config))
@@ -499,14 +503,34 @@ def write_diffusers(folder, dit, vae):
 def test_wans_own_layout(tmp_path, shards):
     dit, vae = write_original(tmp_path / "wan", shards)
     assert same(wc.load_dit(tmp_path / "wan"), dit.state_dict())
-    loaded = wc.load_vae(tmp_path / "wan")
+    loaded = load_vae(tmp_path / "wan")
     assert same(loaded, vae.state_dict()) and loaded.mean.flatten().tolist() == pytest.approx(wc.LATENT_MEAN)
-    text = wc.load_text_encoder(tmp_path / "wan")
+    text = load_text(tmp_path / "wan")
     out = text(["a red circle", "a"])
     assert out.shape == (2, 32, 32)
     assert (out[0, 4:] == 0).all() and (out[0, 3] != 0).any()  # a red circle </s>, then zero rows
     assert (out[1, 2:] == 0).all()
     assert text.encoder.encoder.embed_tokens.weight is text.encoder.shared.weight  # 2 GB in the real one
+
+
+def test_the_published_sizes(tmp_path):
+    """Wan2.1_VAE.pth and models_t5_umt5-xxl-enc-bf16.pth with their real shapes: of each tensor one number is kept."""
+    from tiny_world import make_tokenizer
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    def number(shape):
+        return torch.zeros((), dtype=torch.bfloat16).expand(shape)
+    with torch.device("meta"):
+        vae = wc.WanVAE()
+        text = UMT5EncoderModel(UMT5Config(**wc.UMT5_XXL, feed_forward_proj="gated-gelu"))
+    assert sum(p.numel() for p in vae.parameters()) == 126_892_531
+    torch.save({key: number(value.shape) for key, value in vae.state_dict().items()}, tmp_path / "Wan2.1_VAE.pth")
+    shapes, names = {key: value.shape for key, value in text.state_dict().items()}, golden_state("umt5")[1]
+    names = {key.replace("blocks.0.", f"blocks.{i}.") for key in names if "blocks.1." not in key for i in range(24)}
+    torch.save({key: number(shapes[wc.t5_key(key)]) for key in names}, tmp_path / "models_t5_umt5-xxl-enc-bf16.pth")
+    make_tokenizer().save_pretrained(tmp_path / "google/umt5-xxl")
+    assert wc.load_vae(tmp_path, torch.bfloat16).z_dim == 16
+    assert wc.load_text_encoder(tmp_path, torch.bfloat16).dim == 4096
 
 
 def test_words_outside_the_vocabulary(tmp_path):
@@ -518,7 +542,7 @@ def test_words_outside_the_vocabulary(tmp_path):
     Tokenizer(models.Unigram(pieces, unk_id=3)).save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({
         "tokenizer_class": "T5Tokenizer", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}))
-    text = wc.load_text_encoder(tmp_path / "wan")
+    text = load_text(tmp_path / "wan")
     assert text.tokenizer("a\N{LLAMA}").input_ids[:2] == [4, 3]
     short, long = text(["a"]), text(["a" * 600])
     assert short.shape == long.shape == (1, 512, 32) and (short[0, 1:] == 0).all() and (long != 0).any(2).all()
@@ -526,7 +550,7 @@ def test_words_outside_the_vocabulary(tmp_path):
 
 @pytest.mark.parametrize("damage, words", [
     (lambda file: save_file({k: v for k, v in load_file(file).items() if ".wo." not in k}, file), "lacks 2 of its tensors"),
-    (lambda file: file.write_bytes(file.read_bytes()[:5000]), "cannot load the UMT5EncoderModel")])
+    (lambda file: file.write_bytes(file.read_bytes()[:5000]), "text_encoder is damaged or of an unknown form")])
 def test_a_damaged_text_encoder_of_diffusers(tmp_path, damage, words):
     shutil.copytree("tests/tiny/text_encoder", tmp_path / "text_encoder")
     shutil.copytree("tests/tiny/tokenizer", tmp_path / "tokenizer")
@@ -539,7 +563,7 @@ def test_a_damaged_text_encoder_of_diffusers(tmp_path, damage, words):
 
 def test_a_prompt_is_encoded_once_and_alone(tmp_path):
     write_original(tmp_path / "wan")
-    text, encoded = wc.load_text_encoder(tmp_path / "wan", offload=True), []
+    text, encoded = load_text(tmp_path / "wan", offload=True), []
     text.encoder.register_forward_hook(lambda module, args, out: encoded.append(out.last_hidden_state.shape[0]))
     out = text(["a red circle", "a", "a red circle"])
     assert encoded == [1, 1]
@@ -571,24 +595,24 @@ def test_sharded_diffusers_layout(tmp_path):
     (lambda d: (d / "config.json").write_text(json.dumps({**SMALL, "dim": 50, "num_heads": 4})), "unsupported DiT"),
     (lambda d: (d / "diffusion_pytorch_model.safetensors").unlink(), "no file"),
     (lambda d: (d / "Wan2.1_VAE.pth").write_bytes(b"junk"), "not a weight file"),
-    (lambda d: torch.save({"a": torch.ones(1)}, d / "Wan2.1_VAE.pth"), "not a Wan 2.1 VAE"),
-    (lambda d: torch.save(3, d / "Wan2.1_VAE.pth"), "cannot load the VAE of .*wan"),
-    (lambda d: torch.save({"a": torch.ones(1)}, d / "models_t5_umt5-xxl-enc-bf16.pth"), "cannot load the text encoder"),
-    (lambda d: torch.save(3, d / "models_t5_umt5-xxl-enc-bf16.pth"), "cannot load the text encoder"),
+    (lambda d: torch.save({"a": torch.ones(1)}, d / "Wan2.1_VAE.pth"), r"wan \(VAE\) does not fit this model"),
+    (lambda d: torch.save(3, d / "Wan2.1_VAE.pth"), "Wan2.1_VAE.pth holds no state dict"),
+    (lambda d: torch.save({"a": torch.ones(1)}, d / "models_t5_umt5-xxl-enc-bf16.pth"), "bf16.pth does not fit this model"),
+    (lambda d: torch.save(3, d / "models_t5_umt5-xxl-enc-bf16.pth"), "bf16.pth holds no state dict"),
     (lambda d: (d / "config.json").write_text("[]"), "config.json must hold an object"),
     (lambda d: (d / "config.json").write_text(json.dumps({**SMALL, "in_dim": 36})), "reads 36 channels and predicts 16"),
     (lambda d: (d / "high_noise_model").mkdir(), "two experts"),
     (lambda d: (d / "model_index.json").write_text('{"boundary_ratio": 0.9}'), "two experts"),
     (lambda d: (d / "model_index.json").write_text('{"transformer_2": ["diffusers", "X"]}'), "two experts"),
-    (lambda d: (d / "config.json").write_text(json.dumps({**SMALL, "num_heads": 0})), "cannot load the DiT of"),
-    (lambda d: (d / "config.json").write_text(json.dumps({**SMALL, "dim": "wide"})), "cannot load the DiT of"),
-    (lambda d: (d / "diffusion_pytorch_model.safetensors.index.json").write_text("{}"), "cannot load the DiT of"),
-    (lambda d: (d / "google/umt5-xxl/tokenizer.json").unlink(), "cannot load the text encoder")])
+    (lambda d: (d / "config.json").write_text(json.dumps({**SMALL, "num_heads": 0})), "config.json is damaged or of an unknown form"),
+    (lambda d: (d / "config.json").write_text(json.dumps({**SMALL, "dim": "wide"})), "config.json is damaged or of an unknown form"),
+    (lambda d: (d / "diffusion_pytorch_model.safetensors.index.json").write_text("{}"), "index.json is damaged or of an unknown form"),
+    (lambda d: (d / "google/umt5-xxl/tokenizer.json").unlink(), "umt5-xxl is damaged or of an unknown form")])
 def test_damaged_folders(tmp_path, damage, words):
     write_original(tmp_path / "wan")
     damage(tmp_path / "wan")
     with pytest.raises(wc.InputError, match=words) as caught:
-        wc.load_dit(tmp_path / "wan"), wc.load_vae(tmp_path / "wan"), wc.load_text_encoder(tmp_path / "wan")
+        wc.load_dit(tmp_path / "wan"), load_vae(tmp_path / "wan"), load_text(tmp_path / "wan")
     assert "\n" not in str(caught.value)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import SMALL, random_dit, random_latents
 
+import generate
 import wan_causal as wc
 from generate import compile_for_inference
 
@@ -63,13 +64,13 @@ def test_unipc_equals_diffusers(steps, shift):
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift,
                                         num_train_timesteps=1000, solver_order=2)
     scheduler.set_timesteps(sigmas=torch.linspace(0.999, 0, steps + 1, dtype=torch.float64)[:-1].numpy())
-    sigmas = wc.sigma_schedule(steps, shift)
+    sigmas = generate.sigma_schedule(steps, shift)
     assert [int(1000 * s) for s in sigmas[:-1]] == scheduler.timesteps.tolist()
 
     def field(x, t, context):
         return torch.sin(x) + float(t[0]) / 1000 * x
     noise = random_latents(1, 16, 1, 2, 2)
-    *_, ours = wc.ode_trajectory(field, noise, None, None, sigmas, guidance=1, solver="unipc")
+    *_, ours = generate.ode_trajectory(field, noise, None, None, sigmas, guidance=1, solver="unipc")
     x = noise
     for t in scheduler.timesteps:
         x = scheduler.step(field(x, t.expand(1), None), t, x).prev_sample
@@ -80,7 +81,7 @@ def test_unipc_equals_diffusers(steps, shift):
 
 @pytest.mark.parametrize("shift, first, last", [(5.0, [999, 995, 991], 92), (8.0, [999, 997, 994], 140)])
 def test_the_teachers_timesteps_are_wans(shift, first, last):
-    t = [int(1000 * s) for s in wc.sigma_schedule(50, shift)]
+    t = [int(1000 * s) for s in generate.sigma_schedule(50, shift)]
     assert t[:3] == first and t[-2:] == [last, 0] and len(t) == 51
 
 
@@ -108,7 +109,7 @@ def test_euler_solves_a_linear_ode():
     noise = torch.ones(1, 16, 1, 2, 2)
 
     def error(n):
-        *_, x = wc.ode_trajectory(lambda x, t, c: x, noise, None, None, torch.linspace(1, 0, n + 1), 1, "euler")
+        *_, x = generate.ode_trajectory(lambda x, t, c: x, noise, None, None, torch.linspace(1, 0, n + 1), 1, "euler")
         return (x - math.exp(-1)).abs().max().item()
     assert error(1000) < 2e-4 < error(100) < 2e-3
 
@@ -514,18 +515,6 @@ def test_compiled_rollout_and_decoder_equal_plain_ones():
         close(video(), plain, atol=1e-4)
     assert not torch._dynamo.utils.counters["graph_break"]
     torch._dynamo.reset()
-
-
-def test_decode_last_is_the_end_of_decode_and_keeps_one_frame_of_graph(vae):
-    z = random_latents(1, 16, 4, 2, 3).requires_grad_()
-    last = vae.decode_last(z)
-    close(last.detach(), vae.decode(z.detach())[:, :, -4:])
-    last.square().sum().backward()
-    assert z.grad[:, :, :-1].abs().max() == 0 and z.grad[:, :, -1].abs().max() > 0
-    full = z.detach().requires_grad_()
-    vae.decode(full)[:, :, -4:].square().sum().backward()
-    close(z.grad[:, :, -1], full.grad[:, :, -1], atol=1e-4)
-    assert vae.decode_last(z[:, :, :1]).shape == (1, 3, 1, 16, 24)
 
 
 @pytest.mark.parametrize("frames", [[1] * 4, [4]])

@@ -293,7 +293,7 @@ def test_euler_on_a_linear_field_keeps_the_known_states():
     """dx/dsigma = a x has x(sigma) = x(1) exp(-a (1 - sigma)); Euler steps multiply by 1 - a * step."""
     a, x = 0.8, random_latents(1, 16, 1, 2, 2).double()
     sigmas, kept = ode_init.solver_grid(wc.warped_steps(), 5.0, 480)
-    states = list(wc.ode_trajectory(lambda x, t, context: a * x, x, None, None, sigmas, 1, "euler"))
+    states = list(ode_init.euler_trajectory(lambda x, t, context: a * x, x, None, None, sigmas, 1))
     product = 1.0
     for i, state in enumerate(states):
         torch.testing.assert_close(state, product * x, atol=1e-12, rtol=1e-12)
@@ -331,56 +331,68 @@ CAPTIONS = ["a red striped circle moving left on a navy background",
             "a green plain square bouncing on a gray background"]
 
 
-@pytest.mark.parametrize("frames", [[12], [0], [5], [10, 12]])
-def test_reward_gradient_equals_that_of_a_full_decode(parts, frames):
-    """Through the whole decoder with its whole graph, looking at the rewarded latent frame."""
+def reward_and_gradient(vae, reward, latents, frames, past=None):
+    """Rewards of some video frames, and their gradient at the latents, as the stages take it."""
+    z = latents.clone().requires_grad_()
+    r = wc.checked_reward(reward, wc.rewarded_video(vae, z, frames, past), CAPTIONS[:len(z)])
+    return r.detach(), torch.autograd.grad(r.sum(), z)[0]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("frames", [[12], [0], [5], [10, 12], list(range(13))])
+def test_the_rewards_gradient_is_that_of_a_full_decode(parts, frames, checkpointing, monkeypatch):
+    """Autograd through the whole decoder at once, against one checkpoint for each latent frame."""
     _, vae, _, model = parts
     latents = random_latents(2, 16, 4, 8, 8)
     reward = wc.frame_reward(model)
-    rewards, gradient = wc.reward_gradient(reward, vae, latents, CAPTIONS, frames)
     z = latents.clone().requires_grad_()
     expected = reward(vae.decode(z)[:, :, frames], CAPTIONS)
     full, = torch.autograd.grad(expected.sum(), z)
+    monkeypatch.setattr(vae.decoder, "checkpointing", checkpointing)
+    rewards, gradient = reward_and_gradient(vae, reward, latents, frames)
     torch.testing.assert_close(rewards, expected.detach(), atol=1e-5, rtol=1e-5)
-    i = wc.latent_frame(frames[-1])
-    torch.testing.assert_close(gradient[:, :, i], full[:, :, i], atol=1e-5 * full.abs().max().item(), rtol=1e-3)
-    others = [j for j in range(4) if j != i]
-    assert gradient[:, :, others].abs().sum() == 0  # what the decoder remembers is a constant
+    torch.testing.assert_close(gradient, full, atol=1e-5 * full.abs().max().item(), rtol=1e-3)
+    assert (gradient[:, :, 0].abs().sum() > 0) and (gradient[:, :, wc.latent_frame(frames[-1]) + 1:] == 0).all()
 
 
-def test_reward_gradient_of_all_frames_is_that_of_each_latent_frame_given_the_past(parts):
+@pytest.mark.parametrize("past", [0, 1, 2, 3])
+def test_the_rewards_gradient_goes_on_through_so_many_latent_frames_of_memory(parts, past):
+    """It is that of a decoder for which the memory before latent frame 3 - past is a constant."""
+    _, vae, _, model = parts
+    latents, reward = random_latents(2, 16, 4, 8, 8), wc.frame_reward(model)
+    _, gradient = reward_and_gradient(vae, reward, latents, [12], past)
+    begin, memory = 3 - past, {}
+    with torch.no_grad():
+        if begin:
+            vae.decode(latents[:, :, :begin], memory)
+    z = latents[:, :, begin:].clone().requires_grad_()
+    full, = torch.autograd.grad(reward(vae.decode(z, memory)[:, :, -1:], CAPTIONS).sum(), z)
+    assert (gradient[:, :, :begin] == 0).all()
+    torch.testing.assert_close(gradient[:, :, begin:], full, atol=1e-5 * full.abs().max().item(), rtol=1e-3)
+
+
+def test_the_rewards_gradient_of_all_frames_without_memory_is_that_of_each_given_the_past(parts):
     _, vae, _, _ = parts
     latents, weight = random_latents(1, 16, 3, 8, 8), random_latents(1, 3, 9, 64, 64, seed=1)
     def reward(video, prompts):
         return (video * weight).sum((1, 2, 3, 4))
 
-    _, gradient = wc.reward_gradient(reward, vae, latents, ["x"], list(range(9)))
+    _, gradient = reward_and_gradient(vae, reward, latents, list(range(9)), past=0)
+    memory = {}
     for i in range(3):
-        z = latents[:, :, :i + 1].clone().requires_grad_()
-        shown = vae.decode_last(z)
+        z = latents[:, :, i:i + 1].clone().requires_grad_()
+        shown = vae.decode(z, memory)
         start = max(0, 4 * i - 3)
         expected, = torch.autograd.grad((shown * weight[:, :, start:start + shown.shape[2]]).sum(), z)
-        torch.testing.assert_close(gradient[:, :, i], expected[:, :, i], atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(gradient[:, :, i:i + 1], expected, atol=1e-3, rtol=1e-3)
+        memory = {module: x.detach() if torch.is_tensor(x) else x for module, x in memory.items()}
 
 
-def test_decoding_from_a_few_latent_frames_before_is_nearly_exact(parts):
-    """With the whole past it is exact, and the error falls with what is remembered."""
-    _, vae, _, model = parts
-    with torch.no_grad():
-        latents = vae.encode(tiny_world.render(CAPTIONS, 57, generator=wc.seeded(0)))
-    reward, errors = wc.frame_reward(model), []
-    exact = wc.reward_gradient(reward, vae, latents, CAPTIONS, [53, 56])
-    for past in (1, 4, 8, 14):
-        got = wc.reward_gradient(reward, vae, latents, CAPTIONS, [53, 56], past)
-        errors.append([(a - b).norm().item() / b.norm().item() for a, b in zip(got, exact)])
-    assert max(errors[3]) < 1e-4 and max(errors[2]) < 0.05 < errors[0][1]
-    assert errors[0][1] > errors[1][1] > errors[2][1]
-
-
-def test_reward_gradient_against_finite_differences(parts):
+def test_the_rewards_gradient_against_finite_differences(parts):
+    """In all latent frames: the exact one."""
     _, vae, _, model = parts
     reward, latents = wc.frame_reward(model), random_latents(2, 16, 3, 8, 8)
-    _, gradient = wc.reward_gradient(reward, vae, latents, CAPTIONS, [8])
+    _, gradient = reward_and_gradient(vae, reward, latents, [8])
     direction = gradient / gradient.flatten(1).norm(dim=1).view(2, 1, 1, 1, 1)
     with torch.no_grad():
         def score(step):
@@ -400,8 +412,8 @@ def test_gradient_reaches_the_rewarded_chunk_and_the_generator_alone(parts):
         seen.append(part.x0)
     assert not seen[0].requires_grad and seen[1].requires_grad
     x0 = torch.cat(seen, dim=2)
-    _, gradient = wc.reward_gradient(wc.frame_reward(model), vae, x0.detach(), CAPTIONS, [16])
-    (-(gradient * x0).sum()).backward()
+    reward = wc.frame_reward(model)(wc.rewarded_video(vae, x0, [16], past=1), CAPTIONS)
+    (-reward.mean()).backward()
     assert noise.grad[:, :, :3].abs().sum() == 0 and noise.grad[:, :, 3:].abs().sum() > 0
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
     for frozen in (vae, text.encoder, model):
@@ -612,7 +624,8 @@ def test_frame_wise_and_first_steps_of_the_whole_path(tmp_path):
 
 BAD = [
     (["reward_forcing.py", "--model", "Wan-AI/x"], "no --init: reward forcing starts from a causal few-step generator"),
-    (["reward_forcing.py", "--init", "{ode}", "--decode-past", 0], "--decode-past: 0 must be at least 1"),
+    (["reward_forcing.py", "--init", "{ode}", "--reward-past", -1], "--reward-past: -1 must be at least 0"),
+    (["reward_forcing.py", "--init", "{ode}", "--reward-past", "some"], "--reward-past: some is no whole number"),
     (["reward_forcing.py", "--init", "{student}"], "kind = bidirectional, but kind = causal is needed here"),
     (["distill_dmd.py", "--model", "Wan-AI/x", "--student", "causal"],
      "no --init: a causal student starts from a causal few-step one"),

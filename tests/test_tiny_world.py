@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, random_latents, run
 
+import generate
 import tiny_world as tw
 import wan_causal as wc
 
@@ -261,7 +262,7 @@ def test_pipeline_equals_diffusers(parts):
     noise = random_latents(1, 16, 4, 8, 8)
     theirs = pipe(caption, negative_prompt="", height=64, width=64, num_frames=13, num_inference_steps=6,
                   guidance_scale=3.0, latents=noise, max_sequence_length=text.text_len, output_type="pt").frames
-    *_, x = wc.ode_trajectory(dit, noise, text([caption]), text([""]), pipe.scheduler.sigmas, 3.0)
+    *_, x = generate.ode_trajectory(dit, noise, text([caption]), text([""]), pipe.scheduler.sigmas, 3.0)
     with torch.no_grad():
         ours = vae.decode(x) / 2 + 0.5
     torch.testing.assert_close(ours.transpose(1, 2), theirs, atol=2e-3, rtol=0)

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from wan_causal import (  # noqa: E402
     CONFIGS, MAX_POSITION, ImageReward, TextEncoder, WanModel, WanVAE, add_noise, chunk_sizes, clip_preprocess,
     dit_diffusers_key, gaussian, load_checkpoint, load_dit, load_image_reward, load_text_encoder, load_vae,
-    ode_trajectory, permutation, read_weights, replace_file, rollout, saved_steps, shift_sigma, sigma_schedule,
-    vae_diffusers_key)
+    permutation, read_weights, replace_file, rollout, saved_steps, shift_sigma, vae_diffusers_key)
+from generate import ode_trajectory, sigma_schedule  # noqa: E402
 
 COLOURS = {"red": (220, 40, 40), "green": (60, 200, 70), "blue": (50, 90, 240),  # RGB, 0..255
            "yellow": (240, 220, 40), "purple": (160, 50, 200), "orange": (250, 140, 20)}
@@ -621,6 +621,20 @@ def train_text(folder, steps):
 
 # --------------------------------------------------------------------------------------- the parts: teacher
 
+def init_weights(model):
+    """A new DiT's weights as Wan draws them; the head starts at zero."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            if name.startswith(("text_embedding", "time_embedding")):
+                torch.nn.init.normal_(module.weight, std=0.02)
+            else:
+                torch.nn.init.xavier_uniform_(module.weight)
+            torch.nn.init.zeros_(module.bias)
+    torch.nn.init.xavier_uniform_(model.patch_embedding.weight.flatten(1))
+    torch.nn.init.zeros_(model.head.head.weight)
+    return model
+
+
 def train_teacher(name, folder, latents, captions, text, steps, start=None, short=0.0):
     """A bidirectional Wan by flow matching on normalised latents (N, 16, 15, 8, 8), from the weights of `start`.
 
@@ -628,7 +642,7 @@ def train_teacher(name, folder, latents, captions, text, steps, start=None, shor
     decided at high noise. The first share `short` of the steps sees short clips.
     """
     torch.manual_seed(3)
-    model = WanModel(CONFIGS["tiny"])
+    model = init_weights(WanModel(CONFIGS["tiny"]))
     if start is not None:
         model.load_state_dict(start.state_dict())
     model.autocast = torch.bfloat16
@@ -748,6 +762,15 @@ def generated_pairs(frames, scores, captions, count, random, margin=0.2):
     return pick(1), pick(2), [captions[i] for i in chosen[:, 0].tolist()]
 
 
+def judge(model, seen, prompts):
+    """The reward (B,) of images that its image encoder has seen (B, 1 + patches, C), which the probes look at too."""
+    words = model.tokenizer(prompts, padding="max_length", truncation=True, max_length=model.text_len,
+                            return_tensors="pt")
+    words = model.text(input_ids=words.input_ids, attention_mask=words.attention_mask, encoder_hidden_states=seen,
+                       is_decoder=False).last_hidden_state
+    return (model.mlp(words[:, 0]).squeeze(-1) - model.mean) / model.std
+
+
 def train_reward(folder, out, steps, count):
     """A small ImageReward on preference pairs, half of them of frames that the teacher in `out` made of `count`
     captions: (model, share of held-out pairs in the right order by kind)."""
@@ -774,7 +797,7 @@ def train_reward(folder, out, steps, count):
         chosen_better, chosen_worse, same = generated_pairs(frames, scores, chosen, 16, random)
         images = clip_preprocess(torch.cat([better, chosen_better, worse, chosen_worse]), model.image_size)
         seen = model.vision(images).last_hidden_state
-        high, low = model.judge(seen, *model.tokenize(good + same + bad + same)).chunk(2)
+        high, low = judge(model, seen, good + same + bad + same).chunk(2)
         loss = -torch.nn.functional.logsigmoid(high - low).mean() + 1e-3 * (high.square() + low.square()).mean() / 2
         for a in names:  # the image encoder must tell what it sees; without this the pairs teach it nothing for long
             label = torch.tensor([ATTRIBUTES[a].index(parse(c)[a]) for c in good])
@@ -871,7 +894,7 @@ DEFAULTS = {
                            "init": "ode.safetensors"},
     "ode_init sample": {"count": 200, "steps": 24, "batch": 8},
     "ode_init train": {"steps": 300, "lr": 3e-4, "ema": 0.98, "sample_every": 200},
-    "reward_forcing": {"batch": 4, "steps": 200, "lr": 5e-5, "ema": 0.98, "decode_past": 8,
+    "reward_forcing": {"batch": 4, "steps": 200, "lr": 5e-5, "ema": 0.98,
                        "init": "ode.safetensors"},
     "cm_grpo": {"init": "reward_forced.safetensors", "frames": 5, "chunk": 1, "steps": 45, "lr": 2e-4, "ema": 0.9,
                 "batch": 32, "group": 16, "prompts_per_step": 4, "lora_rank": 16, "lora_alpha": 16,
