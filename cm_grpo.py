@@ -37,7 +37,7 @@ import math
 import random
 
 from wan_causal import (EMA, InputError, Parser, Run, aesthetic_head, checked_reward, chunk_sizes, chunk_weights,
-                        claim_folder, clip_preprocess, compute_dtype, consistency_kernel, find_folder, format_steps,
+                        claim_folder, clip_preprocess, compute_dtype, counted, consistency_kernel, find_folder, format_steps,
                         gaussian, interleaved_x0, latent_shape, load_clip, load_function, load_generator,
                         load_image_reward, load_text_encoder, load_vae, merge_lora, number, parse_stage, processes,
                         read_prompts, recorded_rollout, refuse_unused, replace_file, run_script, sample_generators,
@@ -283,8 +283,6 @@ def parse_args(argv=None):
     g.add_argument('--reward-model', default='THUDM/ImageReward', help='ImageReward\'s folder or hub repository')
     g.add_argument('--clip-model', default='openai/clip-vit-large-patch14', help='CLIP')
     g.add_argument('--aesthetic-head', metavar='FILE', help='LAION\'s sa_0_4_vit_l_14_linear.pth')
-    g.add_argument('--motion-alarm', type=number(0), default=0.5,
-                   help='warn when the motion of the last 10 steps falls below this share of that of the first 10')
     args = parse_stage(p, 'cm_grpo', argv)
     if not args.init:
         raise InputError('no --init: CM-GRPO starts from a causal few-step generator, such as the result of '
@@ -301,19 +299,6 @@ def parse_args(argv=None):
         if without:
             refuse_unused(p, args, why, *flags)
     return args
-
-
-def mean_motion(lines, count=10):
-    """Lines of metrics.jsonl -> mean motion of the first and of the last `count` of them."""
-    return [sum(json.loads(line)['motion'] for line in part) / len(part) for part in (lines[:count], lines[-count:])]
-
-
-def warn_when_still(log, share):
-    """A warning when the motion in metrics.jsonl has fallen below this share of its start."""
-    start, last = mean_motion(log.read_text().splitlines())
-    if last < share * start:
-        print(f'warning: motion fell from {start:.4f} to {last:.4f}: the rewards may favour static videos; give motion '
-              'more weight, or stop', flush=True)
 
 
 def main():
@@ -351,16 +336,23 @@ def train(args, process):
     chunks = chunk_sizes(shape[1], chunk)
     weights = chunk_weights(chunks, args.chunk_weight_shift).to(device)
     kernel = consistency_kernel if args.policy == 'cm' else euler_maruyama(args.em_noise)
-    process.print(f'timesteps {format_steps(steps)}; chunks of {chunk} latent frames; {args.prompts_per_step} groups '
+    process.print(f'timesteps {format_steps(steps)}; chunks of {counted(chunk, "latent frame")}; {args.prompts_per_step} groups '
                   f'of {args.group}; rewards {", ".join(args.rewards)}')
 
     # --- optimizer
     ema = EMA(net, args.ema, args.ema_start)
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=args.lr,
                                   betas=(args.beta1, 0.999), eps=1e-10, weight_decay=args.weight_decay, fused=True)
-    run = Run('cm_grpo', args, process, generator=net, ema=ema, optimizer=optimizer)
+    run = Run('cm_grpo', args, process, ['generate.py "PROMPT" --checkpoint'], generator=net, ema=ema,
+              optimizer=optimizer)
+
+    def sample():
+        with ema.swapped_in(net):
+            return run.samples(net, vae, text, held_out, shape, steps, chunks)
 
     # --- loop
+    if run.step == 0 and run.due(args.sample_every):
+        sample()  # what it starts from
     for step in run.steps():
         # sample: the group of sample n is n // G; one transition, never the last one, the same on all ranks
         k = random.Random(f'{args.seed} {step}').randrange(len(steps) - 1)
@@ -408,13 +400,10 @@ def train(args, process):
 
         # log, sample, save
         dead = (advantage.abs().amax(dim=1) < 1e-6).float().mean().item()  # groups without any spread teach nothing
-        run.report(**named, no_spread=dead, transition=k, **metrics)
-        if process.rank == 0:
-            warn_when_still(run.log, args.motion_alarm)
+        metrics = {**named, 'no_spread': dead, 'transition': k, **metrics}
         if run.due(args.sample_every):
-            with ema.swapped_in(net):
-                for _ in run.samples(net, vae, text, held_out, shape, steps, chunks):
-                    pass
+            metrics |= sample()
+        run.report(**metrics)
         if run.due(args.save_every):
             result = None  # rank 0 writes
             if process.rank == 0:

@@ -22,7 +22,7 @@ Data are the endpoints of ODE trajectories, so no stage needs real videos.
   paper         code              paper             code
   G_theta       generator         s_real, s_fake    teacher, critic (as x0 predictions)
   tau, s        t                 grad of D_KL      direction
-  z^_j^(u)      states[level]     x^_j              endpoints                   pi_alpha   chunk_weights
+  z^_j^(u)      states[exit_step] x^_j              endpoints                   pi_alpha   chunk_weights
 
 Differs from DMD2: no GAN loss; from the public code: a direction that is not a number stops the run instead of being
 set to zero; one random step for all samples of an update, as Self Forcing has it (RAVEN: one for each sample). A step
@@ -43,7 +43,7 @@ import dataclasses
 import random
 
 from wan_causal import (EMA, FRAMES, NEGATIVE_PROMPT, InputError, Parser, Run, Trajectories, add_noise, block_causal,
-                        checked_reward, chunk_sizes, chunk_weights, claim_folder, compute_dtype, draw_per_chunk, find_folder,
+                        checked_reward, chunk_sizes, chunk_weights, claim_folder, compute_dtype, counted, draw_per_chunk, find_folder,
                         format_steps, frame_reward, gaussian, guided_velocity, interleaved_x0, latent_frames,
                         latent_motion, latent_shape, load_dit, load_generator, load_image_reward, load_text_encoder,
                         load_vae, number, parse_known, parse_stage, processes, read_prompts, recorded_rollout,
@@ -145,19 +145,19 @@ class Batch:
     prompts: list
     context: torch.Tensor  # (B, L', text_dim)
     generators: list  # of the noise, one per sample
-    level: int  # the exit step, or the step whose states are trained: the same for all samples and ranks
+    exit_step: int  # the exit step, or the step whose states are trained: the same for all samples and ranks
     noise: torch.Tensor  # (B, C, F, H, W)
     data: torch.Tensor | None = None  # clean latents (B, C, F, H, W), for the histories that come from data
     states: list = ()  # RAVEN's rollout: per step the noisy states of all chunks (B, C, F, H, W)
     endpoints: torch.Tensor | None = None  # and their clean endpoints
 
 
-def own_rollout(generator, b, steps, chunks, grad_from=0):
-    """Self Forcing alg. 1: x0 of the rollout whose chunks all stop at step b.level, which carries gradient.
+def self_rollout(generator, b, steps, chunks, grad_from=0):
+    """Self Forcing alg. 1: x0 of the rollout whose chunks all stop at step b.exit_step, which carries gradient.
 
     The history is in the cache, a constant. With one chunk: backward simulation of the bidirectional student.
     """
-    parts = rollout(generator, b.noise, b.context, steps, chunks, exit_step=b.level, grad_from=grad_from,
+    parts = rollout(generator, b.noise, b.context, steps, chunks, exit_step=b.exit_step, grad_from=grad_from,
                     generator=b.generators)
     return torch.cat([part.x0 for part in parts], dim=2)
 
@@ -178,12 +178,12 @@ def denoise_data(generator, b, steps, chunks, clean_history):
 def student_sample(history, generator, b, steps, chunks, grad_from=0):
     """x0 (B, C, F, H, W) of the student, with the gradient that its history allows (if gradients are on)."""
     if history == 'raven':  # the latents are constants, the history is encoded in the graph
-        x_t = b.states[b.level]
-        t = torch.full((x_t.shape[0], x_t.shape[2]), steps[b.level], device=x_t.device)
+        x_t = b.states[b.exit_step]
+        t = torch.full((x_t.shape[0], x_t.shape[2]), steps[b.exit_step], device=x_t.device)
         return interleaved_x0(generator, x_t, t, b.endpoints, b.context, chunks)
     if history in ('diffusion-forcing', 'teacher-forcing'):
         return denoise_data(generator, b, steps, chunks, history == 'teacher-forcing')
-    return own_rollout(generator, b, steps, chunks, grad_from)
+    return self_rollout(generator, b, steps, chunks, grad_from)
 
 
 def last_window(x0, frames, vae):
@@ -295,7 +295,7 @@ def train(args, process):
         args.trajectories = len(data)  # a run is not resumed with more of them, which would change their order
         if (held := tuple(data[0][0].shape[1:])) != shape:
             raise InputError(f'{args.data} holds latents {held}, but the flags ask for {shape}')
-    how = f'history {args.history}, chunks of {chunk} latent frames' if causal else 'all frames at once'
+    how = f'history {args.history}, chunks of {counted(chunk, "latent frame")}' if causal else 'all frames at once'
     process.print(f'timesteps {format_steps(steps)}; {how}')
 
     # --- optimizers
@@ -303,8 +303,14 @@ def train(args, process):
     optimizer, critic_optimizer = (torch.optim.AdamW(model.parameters(), lr=lr, betas=(args.beta1, 0.999),
                                                      weight_decay=args.weight_decay, fused=True)
                                    for model, lr in ((net, args.lr), (critic_net, args.critic_lr)))
-    run = Run('distill_dmd', args, process, generator=net, critic=critic_net, ema=ema, optimizer=optimizer,
+    then = ['generate.py "PROMPT" --checkpoint', 'cm_grpo.py --init'] if causal else \
+        ['generate.py "PROMPT" --bidirectional --checkpoint', 'ode_init.py train --init']
+    run = Run('distill_dmd', args, process, then, generator=net, critic=critic_net, ema=ema, optimizer=optimizer,
               critic_optimizer=critic_optimizer)
+
+    def sample():
+        with ema.swapped_in(net):
+            return run.samples(net, vae, text, held_out, shape, steps, chunk_sizes(F, chunk))
 
     def draw(update, micro):
         """What one backward pass starts from; every update has its own samples."""
@@ -316,11 +322,14 @@ def train(args, process):
             clean = torch.stack([s[-1] for s in states]).to(device)
         else:
             captions = [shuffled(prompts, n, args.seed) for n in numbers]
-        level = random.Random(f'{args.seed} {update}').randrange(len(steps))  # the same on all ranks
+        exit_step = random.Random(f'{args.seed} {update}').randrange(len(steps))  # the same on all ranks
         noise = gaussian((args.batch, C, rolled, H, W), generators, device)
-        return Batch(list(captions), text(list(captions)).float(), generators, level, noise, clean)
+        return Batch(list(captions), text(list(captions)).float(), generators, exit_step, noise,
+                     clean)
 
     # --- loop
+    if run.step == 0 and run.due(args.sample_every):
+        sample()  # what it starts from
     for step in run.steps():
         update = step * (args.ratio + 1)
         for update in range(update, update + args.ratio):  # the critic follows the student's distribution
@@ -367,11 +376,9 @@ def train(args, process):
         ema.update(net, step)
 
         # --- log, sample, save
-        run.report(**metrics)
         if run.due(args.sample_every):
-            with ema.swapped_in(net):
-                for _ in run.samples(net, vae, text, held_out, shape, steps, chunk_sizes(F, chunk)):
-                    pass
+            metrics |= sample()
+        run.report(**metrics)
         if run.due(args.save_every):
             run.save(ema.average, steps, kind=args.student, history=args.history, chunk=chunk, shift=shift,
                      config=net.config)

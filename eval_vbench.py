@@ -470,7 +470,7 @@ def score(args, process, entries, dimensions):
     for i, (_, path, _) in enumerate(jobs):
         of_video.setdefault(path, []).append(i)
     sums = torch.zeros(len(jobs), 2, dtype=torch.float64, device=process.device)  # of its scores; how many
-    for path in tqdm(list(of_video)[process.rank::process.world], desc='videos', unit='', disable=process.rank > 0):
+    for path in tqdm(list(of_video)[process.rank::process.world], desc='videos', unit='', disable=process.quiet):
         frames = read_video(path)
         for i in of_video[path]:
             values = scorers[jobs[i][0]](frames, jobs[i][2]).double()

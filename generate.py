@@ -18,13 +18,12 @@ import json
 import math
 import mimetypes
 import os
-import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from wan_causal import (MAX_POSITION, NEGATIVE_PROMPT, PIXELS, VIDEO, InputError, Parser, check_video, check_writable,
-                        chunk_sizes, compute_dtype, find_folder, first_line, format_steps, frames_in, gaussian,
+                        chunk_sizes, compute_dtype, counted, file_name, find_folder, first_line, format_steps, frames_in, gaussian,
                         guided_velocity,
                         latent_frames, load_checkpoint, load_dit, load_text_encoder, load_vae, machine_flags,
                         model_defaults, number, parse_stage, processes, read_lines,
@@ -136,7 +135,7 @@ def read_jobs(args):
             raise InputError(f'--out {args.out}: videos are written as .mp4 files; give one, or a folder')
         if file and len(prompts) > 1:
             raise InputError(f'--out {args.out} is one file, but there are {len(prompts)} prompts: give a folder')
-        words = [re.sub(r'\W+', '_', prompt).strip('_')[:60] or 'video' for prompt in prompts]
+        words = [file_name(prompt) for prompt in prompts]
         jobs = [(prompt, seed, Path(args.out) if file else Path(args.out) / f'{word}-{seed}.mp4')
                 for seed, (prompt, word) in enumerate(zip(prompts, words), args.seed)]
     if any(abs(seed) >= 1 << 63 for _, seed, _ in jobs):
@@ -506,7 +505,7 @@ def described(args):
         return (f'{args.model} is sampled as the bidirectional teacher: {args.steps} {args.solver} steps, shift '
                 f'{args.shift}, guidance {args.guidance}'
                 + ('' if args.weights else '; a causal generator would come with --checkpoint'))
-    how = 'all frames at once' if args.bidirectional else f'chunks of {args.chunk} latent frames'
+    how = 'all frames at once' if args.bidirectional else f'chunks of {counted(args.chunk, "latent frame")}'
     return f'timesteps {format_steps(args.timesteps)}; {how}'
 
 
@@ -530,7 +529,7 @@ def main():
     jobs = read_jobs(args)
     given = read_frames(args.init, args.height, args.width, args.frames) if args.init else None
     with processes(args.device) as process:
-        args.quiet = process.rank > 0
+        args.quiet = process.quiet
         model, vae, text = load(args, process)
         say_cut(process, [prompt for prompt, *_ in jobs], text, 'the text encoder')
         init = None if given is None else vae.encode(given.to(process.device))

@@ -29,8 +29,8 @@ import sys
 from pathlib import Path
 
 from wan_causal import (EMA, FRAMES, NEGATIVE_PROMPT, PIXELS, SEED, InputError, Parser, Run, Trajectories,
-                        block_causal, check_writable, chunk_sizes, claim_folder, compute_dtype, draw_per_chunk,
-                        find_folder, format_steps, gaussian, guided_velocity, latent_shape, load_dit, load_generator, load_text_encoder,
+                        block_causal, check_writable, chunk_sizes, claim_folder, compute_dtype, counted, draw_per_chunk,
+                        find_folder, format_steps, gaussian, guided_velocity, latent_motion, latent_shape, load_dit, load_generator, load_text_encoder,
                         load_vae, machine_flags, number, parse_stage, processes, read_prompts,
                         refuse_unused, replace_file, run_script, sample_generators, sample_numbers, say_cut,
                         set_threads, shift_sigma, shuffled, tiny_model, trainable, training_flags, warped_steps, whole,
@@ -85,6 +85,11 @@ def regression_loss(x0, clean, t):
     noisy = (t > 0).float()  # (B, F)
     error = (x0 - clean).square().mean(dim=(1, 3, 4))  # (B, F)
     return ((error * noisy).sum(1) / noisy.sum(1).clamp(min=1)).mean()
+
+
+def megabytes(count):
+    """A number of bytes in words."""
+    return f'{count / 1e6:.1f} MB' if count < 1e9 else f'{count / 1e9:.1f} GB'
 
 
 def shard_path(folder, first):
@@ -165,17 +170,17 @@ def sample(args, process):
     each = 2 * len(kept) * torch.Size(shape).numel()  # bytes, float16
     need = each * sum(map(len, missing))
     process.print(f'timesteps {format_steps(timesteps)} and 0, out of {len(sigmas) - 1} Euler steps at guidance '
-                  f'{args.guidance}\n{args.count} trajectories of {each / 1e6:.1f} MB: {args.count * each / 1e9:.2f} '
-                  f'GB on disk in all; {sum(map(len, missing))} to be made, {need / 1e9:.2f} GB')
+                  f'{args.guidance}\n{args.count} trajectories of {megabytes(each)}: {megabytes(args.count * each)} '
+                  f'on disk in all; {sum(map(len, missing))} to be made, {megabytes(need)}')
     check_writable(out)
     if need > shutil.disk_usage(out).free:
-        raise InputError(f'{out} has {shutil.disk_usage(out).free / 1e9:.2f} GB free, but {need / 1e9:.2f} GB are '
+        raise InputError(f'{out} has {megabytes(shutil.disk_usage(out).free)} free, but {megabytes(need)} are '
                          'needed: take fewer with --count, or another --out')
     process.barrier()
 
     # --- loop
     mine = missing[process.rank::process.world]
-    bar = tqdm(total=sum(map(len, mine)), desc='trajectories', unit='', disable=process.rank > 0, mininterval=1)
+    bar = tqdm(total=sum(map(len, mine)), desc='trajectories', unit='', disable=process.quiet, mininterval=1)
     for shard in mine:
         done = []
         for first in range(shard[0], shard[-1] + 1, args.batch):
@@ -190,6 +195,8 @@ def sample(args, process):
         if not trajectory.isfinite().all():
             raise InputError(f'trajectories {shard[0]} to {shard[-1]} are not finite: lower --guidance, or use '
                              '--dtype float32')
+        if process.quiet:  # no bar in a log file
+            process.print(f'trajectories {shard[0]} to {shard[-1]} of {args.count}')
         save_shard(shard_path(out, shard[0]), trajectory, [shuffled(prompts, n, args.seed) for n in shard], settings)
     bar.close()
     process.barrier()
@@ -213,7 +220,7 @@ def train(args, process):
     args.frames, args.height, args.width = (data.settings[key] for key in ('frames', 'height', 'width'))
     args.trajectories = len(data)  # a run is not resumed with more of them, which would change their order
     _, held_out = read_prompts(args)
-    process.print(f'timesteps {format_steps(timesteps)}; chunks of {args.chunk} latent frames; {len(data)} of '
+    process.print(f'timesteps {format_steps(timesteps)}; chunks of {counted(args.chunk, "latent frame")}; {len(data)} of '
                   f'{data.settings["count"]} trajectories, of {args.frames} frames at {args.width}x{args.height}')
 
     # --- models
@@ -236,11 +243,18 @@ def train(args, process):
     ema = EMA(net, args.ema, args.ema_start)
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(args.beta1, 0.999),
                                   weight_decay=args.weight_decay, fused=True)
-    run = Run('ode_init', args, process, generator=net, ema=ema, optimizer=optimizer)
+    run = Run('ode_init', args, process, ['generate.py "PROMPT" --checkpoint', 'reward_forcing.py --init'],
+              generator=net, ema=ema, optimizer=optimizer)
+
+    def sample():
+        with ema.swapped_in(net):
+            return run.samples(net, vae, text, held_out, shape, timesteps, chunks)
 
     # --- loop
+    if run.step == 0 and run.due(args.sample_every):
+        sample()  # what it starts from
     for step in run.steps():
-        loss = 0
+        loss = motion = 0
         for micro in range(args.accum):
             numbers = sample_numbers(args, process, step, micro)
             trajectory, prompts = zip(*(shuffled(data, n, args.seed) for n in numbers))
@@ -252,18 +266,17 @@ def train(args, process):
                 micro_loss = regression_loss(x0, trajectory[:, -1], t) / args.accum
                 micro_loss.backward()
             loss += micro_loss.item()
+            motion += latent_motion(x0.detach()).item() / args.accum
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip)
-        metrics = run.check(loss=loss, grad_norm=norm)
+        metrics = run.check(loss=loss, motion=motion, grad_norm=norm)
         optimizer.step()
         process.forget_gradients(optimizer)
         ema.update(net, step)
 
         # --- log, sample, save
-        run.report(**metrics)
         if run.due(args.sample_every):
-            with ema.swapped_in(net):
-                for _ in run.samples(net, vae, text, held_out, shape, timesteps, chunks):
-                    pass
+            metrics |= sample()
+        run.report(**metrics)
         if run.due(args.save_every):
             run.save(ema.average, timesteps, kind='causal', chunk=args.chunk, shift=shift, config=net.config)
 

@@ -26,7 +26,7 @@ A reward of your own, any callable (video (B, 3, T, H, W) in [-1, 1], prompts) -
 """
 import random
 
-from wan_causal import (EMA, InputError, Parser, Run, block_causal, checked_reward, chunk_sizes, claim_folder, compute_dtype,
+from wan_causal import (EMA, InputError, Parser, Run, block_causal, checked_reward, chunk_sizes, claim_folder, compute_dtype, counted,
                         find_folder, format_steps, frame_reward, gaussian, latent_frame, latent_motion, latent_shape,
                         load_function, load_generator, load_image_reward, load_text_encoder, load_vae, parse_stage,
                         processes, read_prompts, refuse_unused, rewarded_video, rollout, run_script,
@@ -107,16 +107,26 @@ def train(args, process):
     shape = latent_shape(args, net.config)
     chunks = chunk_sizes(shape[1], chunk)
     layout = block_causal(chunks)
-    process.print(f'timesteps {format_steps(steps)}; chunks of {chunk} latent frames; reward: {args.reward} of '
+    process.print(f'timesteps {format_steps(steps)}; chunks of {counted(chunk, "latent frame")}; reward: {args.reward} of '
                   f'{args.reward_frames} frame{"s" * (args.reward_frames == "all")}')
 
     # --- optimizer
     ema = EMA(net, args.ema, args.ema_start)
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(args.beta1, 0.999),
                                   weight_decay=args.weight_decay, fused=True)
-    run = Run('reward_forcing', args, process, generator=net, ema=ema, optimizer=optimizer)
+    run = Run('reward_forcing', args, process, ['generate.py "PROMPT" --checkpoint', 'cm_grpo.py --init'],
+              generator=net, ema=ema, optimizer=optimizer)
+
+    def sample():
+        with ema.swapped_in(net):
+            return run.samples(net, vae, text, held_out, shape, steps, chunks, reward=seen)
+
+    def seen(video, prompts):
+        return reward(video if args.reward_frames == 'all' else video[:, :, -1:], prompts)
 
     # --- loop
+    if run.step == 0 and run.due(args.sample_every):
+        sample()  # what it starts from
     for step in run.steps():
         steer = random.Random(f'{args.seed} {step}')  # the same on all ranks
         exit_step = steer.randrange(len(steps)) if args.exit_step == 'random' else len(steps) - 1
@@ -149,13 +159,7 @@ def train(args, process):
         spread = max(0, metrics.pop('square') - metrics['reward'] ** 2) ** 0.5
         metrics = {'reward': metrics.pop('reward'), 'spread': spread, 'exit': exit_step, **metrics}
         if run.due(args.sample_every):
-            sums = torch.zeros(3, device=device)  # reward, motion, how many
-            with ema.swapped_in(net), torch.no_grad():
-                for prompt, video in run.samples(net, vae, text, held_out, shape, steps, chunks):
-                    seen = video if args.reward_frames == 'all' else video[:, :, -1:]
-                    sums += torch.stack([reward(seen, [prompt])[0], video.diff(dim=2).abs().mean(), sums.new_ones(())])
-            sums = process.mean(sums)
-            metrics |= {'held_out': (sums[0] / sums[2]).item(), 'held_out_motion': (sums[1] / sums[2]).item()}
+            metrics |= sample()
         run.report(**metrics)
         if run.due(args.save_every):
             run.save(ema.average, steps, kind='causal', chunk=chunk, shift=shift, config=net.config)

@@ -87,6 +87,11 @@ def format_steps(steps, digits=6):
     return ', '.join(f'{t:.{digits}g}' for t in steps)
 
 
+def counted(n, thing):
+    """1, 'latent frame' -> '1 latent frame'; 3 -> '3 latent frames'."""
+    return f'{n} {thing}' + 's' * (n != 1)
+
+
 def sigma_of(t, x):
     """t (number, (B,) or (B, F)) -> sigma, a number or broadcastable to x (B, C, F, H, W)."""
     sigma = t / 1000
@@ -1310,6 +1315,8 @@ def understanding(path):
 def pretrained(kind, name, dtype=torch.float32, **kwargs):
     """A transformers model of class `kind` from a folder or hub repository, frozen. One that lacks tensors is an
     InputError; transformers alone would fill them with random numbers."""
+    from transformers.utils import logging
+    logging.disable_progress_bar()  # its "Loading weights" would be the first line that a user sees
     with understanding(name):
         model, info = kind.from_pretrained(name, output_loading_info=True, dtype=dtype, **kwargs)
     if info['missing_keys']:
@@ -1997,6 +2004,11 @@ class Process:
     device: torch.device
     lock: object = None  # see `claim_folder`
 
+    @property
+    def quiet(self):
+        """Whether progress bars are left out: on other ranks than 0, and in log files."""
+        return self.rank > 0 or not sys.stderr.isatty()
+
     def print(self, *args):
         """Print on rank 0."""
         if self.rank == 0:
@@ -2136,11 +2148,14 @@ def fails_first():
 # Training: what every stage does alike
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """--help with every default, also those of the model and of what else was asked for (see `parse_known`)."""
+    """--help with the defaults that hold: those of the model and of what else was asked for (see `parse_known`), and
+    what a help text says of a default only where the flag has none."""
 
     def _get_help_string(self, action):
-        told = action.default is None or '(default' in action.help
-        return action.help if told else super()._get_help_string(action)
+        if action.default is None:
+            return action.help
+        said = re.sub(r' \(default: .*?\)', '', action.help)
+        return f'{said} (default: %(default)s)'
 
 
 def tiny_model():
@@ -2230,6 +2245,9 @@ def training_flags(p, **paper):
     g.add_argument('--keep-every', type=whole(0), default=0, metavar='N',
                    help='steps between results kept as model_<step>.safetensors, 0: none; a multiple of --save-every')
     g.add_argument('--sample-every', type=whole(0), default=50, help='steps between sample videos, 0: none')
+    g.add_argument('--motion-alarm', type=number(0), default=0.5, metavar='SHARE',
+                   help='warn when the motion of the last 10 steps falls below this share of that of the first 10; '
+                        '0: never')
     machine_flags(g)
     g.add_argument('--checkpointing', action=argparse.BooleanOptionalAction, default=True,
                    help='recompute activations in the backward pass: less memory, more time')
@@ -2430,8 +2448,8 @@ def claim_folder(args, process):
 
 
 class Run:
-    """What a training run keeps in its folder: state.pt to resume from, metrics.jsonl, samples/, and the result, with
-    --keep-every also as it was at earlier steps.
+    """What a training run keeps in its folder: settings.json, state.pt to resume from, metrics.jsonl, samples/, and the
+    result, with --keep-every also as it was at earlier steps.
 
     parts: name -> anything with state_dict and load_state_dict (models, optimizers, averages). Nothing random needs
     to be kept, as every generator is seeded by the run's seed and a sample's number or the step.
@@ -2439,17 +2457,23 @@ class Run:
     MAY_CHANGE = ('steps', 'batch', 'accum', 'out', 'resume', 'save_every', 'keep_every', 'sample_every', 'device',
                   'checkpointing', 'offload_text', 'motion_alarm')
 
-    def __init__(self, stage, args, process, **parts):
-        self.args, self.process, self.parts, self.folder = args, process, parts, Path(args.out)
+    def __init__(self, stage, args, process, then, **parts):
+        """then: commands to try with the result, whose file comes after them; said at the end of the run."""
+        self.then, self.args, self.process, self.parts, self.folder = then, args, process, parts, Path(args.out)
         self.state, self.log = self.folder / 'state.pt', self.folder / 'metrics.jsonl'
-        self.step = self.saved = 0
+        self.step = self.saved = self.began = 0
+        self.warned = False
         settings = {k: v for k, v in vars(args).items() if k not in self.MAY_CHANGE}
         self.settings = {'stage': stage, 'samples per step': args.batch * args.accum * process.world, **settings}
         if self.state.exists():
             self.load()
         elif process.rank == 0:
             replace_file(self.log, lambda path: path.write_text(''))
-        self.bar = tqdm(total=args.steps, initial=self.step, desc=stage, disable=process.rank > 0, mininterval=1)
+        if process.rank == 0:
+            written = {'stage': stage, 'processes': process.world, 'torch': torch.__version__, **vars(args)}
+            replace_file(self.folder / 'settings.json', lambda path: path.write_text(
+                json.dumps(written, indent=1, ensure_ascii=False, default=str) + '\n', encoding='utf-8'))
+        self.bar = tqdm(total=args.steps, initial=self.step, desc=stage, disable=process.quiet, mininterval=1)
         process.print(f'{stage}: {args.steps} steps of {self.settings["samples per step"]} samples '
                       f'({args.batch} x {args.accum} accumulated x {process.world} processes), to {self.folder}'
                       + (f', from step {self.step}' if self.step else ''))
@@ -2490,6 +2514,9 @@ class Run:
             yield step
             self.bar.update()
         self.bar.close()
+        result = f'{self.folder / "model.safetensors"} --model {self.args.model}'
+        self.process.print('\n'.join([f'done: {self.folder / "model.safetensors"}; try',
+                                      *(f'  python {command} {result}' for command in self.then)]))
 
     def check(self, **metrics):
         """Metrics (numbers or tensors), averaged over processes; what is not finite stops the run in words."""
@@ -2513,9 +2540,18 @@ class Run:
         if self.process.rank == 0:
             with writing(self.log), open(self.log, 'a') as file:
                 file.write(json.dumps({k: float(f'{v:.6g}') for k, v in metrics.items()}) + '\n')
-            text = '  '.join(f'{k} {v:<9.4g}' for k, v in metrics.items() if k != 'step')
+            text = '  '.join(f'{k} {v:<10.4g}' for k, v in metrics.items() if k != 'step' and 'held_out' not in k)
             tqdm.write(f'step {self.step:>6}  {text}', file=sys.stdout)
+            self.warn_when_still()
             sys.stdout.flush()
+
+    def warn_when_still(self):
+        """A warning, once, when the motion in metrics.jsonl has fallen below --motion-alarm of what it was."""
+        start, last = mean_motion(self.log.read_text().splitlines())
+        if not self.warned and last < self.args.motion_alarm * start:
+            self.warned = True
+            tqdm.write(f'warning: motion fell from {start:.4f} to {last:.4f}, and videos may become static: look at '
+                       'samples/, and stop, or go back to earlier weights', file=sys.stdout)
 
     def due(self, every):
         """Whether something that happens every so many steps, and after the last one, happens now."""
@@ -2540,21 +2576,46 @@ class Run:
         self.process.barrier()
 
     @torch.no_grad()
-    def samples(self, model, vae, text, prompts, shape, steps, chunks):
-        """Videos (1, 3, T, H, W) of this process's share of the held-out prompts, each (prompt, video) also written
-        to samples/step_<step>/<i>.mp4; prompt i has the same noise every time."""
+    def samples(self, model, vae, text, prompts, shape, steps, chunks, reward=None):
+        """Videos of the held-out prompts, shared out over processes, in samples/step_<step>/<i>_<prompt>.mp4; prompt i has
+        the same noise every time. Returns what was measured of them: {'held_out_motion': mean difference of neighbouring
+        frames}, and with reward(video (1, 3, T, H, W), [prompt]) -> (1,) also 'held_out'."""
         import imageio
-        folder = self.folder / 'samples' / f'step_{self.step:06d}'
+        folder, began = self.folder / 'samples' / f'step_{self.step:06d}', time.perf_counter()
+        sums = torch.zeros(3, device=self.process.device)  # motion, reward, how many
         for i in range(self.process.rank, len(prompts), self.process.world):
             random = seeded(i, self.process.device)
             noise = gaussian((1, *shape), random, self.process.device)
             rolled = rollout(model, noise, text(prompts[i:i + 1]), steps, chunks, generator=random)
             video = vae.decode(torch.cat([chunk.x0 for chunk in rolled], dim=2))
             frames = to_frames(video[0])
-            with replacing(folder / f'{i}.mp4') as temporary:
+            with replacing(folder / f'{i}_{file_name(prompts[i])}.mp4') as temporary:
                 imageio.mimwrite(temporary, frames, fps=16, **VIDEO)
                 check_video(temporary, len(frames))
-            yield prompts[i], video
+            score = reward(video, prompts[i:i + 1])[0] if reward else sums.new_zeros(())
+            motion = video.diff(dim=2).abs().mean() if len(frames) > 1 else sums.new_zeros(())
+            sums += torch.stack([motion, score, sums.new_ones(())])
+        sums = self.process.mean(sums)
+        measured = {'held_out_motion': (sums[0] / sums[2]).item()}
+        if reward:
+            measured['held_out'] = (sums[1] / sums[2]).item()
+        text = '  '.join(f'{k} {v:<10.4g}' for k, v in measured.items())
+        if self.process.rank == 0:
+            tqdm.write(f'sample {self.step:>4}  {text}  {folder}', file=sys.stdout)
+        self.began += time.perf_counter() - began  # a step's seconds are those of training alone
+        return measured
+
+
+def file_name(prompt):
+    """The words of a prompt as the name of a file."""
+    return re.sub(r'\W+', '_', prompt).strip('_')[:60] or 'video'
+
+
+def mean_motion(lines, count=10):
+    """Lines of metrics.jsonl -> mean motion of the first and of the last `count` of them; (0, 0) if they have none."""
+    rows = [json.loads(line).get('motion', 0) for line in (*lines[:count], *lines[-count:])]
+    half = len(rows) // 2
+    return sum(rows[:half]) / half, sum(rows[half:]) / half
 
 
 def peak_memory(device):

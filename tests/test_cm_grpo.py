@@ -223,9 +223,3 @@ def test_a_reward_that_is_not_a_number_stops_the_run_in_words(tmp_path):
         done = run("cm_grpo.py", "--init", tmp_path / "start.safetensors", *TINY_RUN, "--sample-every", 0, "--rewards",
                    f"mine:{name}", "--out", tmp_path / name, env={"PYTHONPATH": str(tmp_path)})
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
-
-
-def test_motion_is_compared_over_ten_steps():
-    lines = [f'{{"motion": {m}}}' for m in [0.2, 0.4] * 5 + [9] * 3 + [0.1] * 10]
-    assert cm_grpo.mean_motion(lines) == pytest.approx([0.3, 0.1])
-    assert cm_grpo.mean_motion(lines[:1]) == pytest.approx([0.2, 0.2])

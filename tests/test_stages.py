@@ -152,10 +152,10 @@ def test_guidance_of_the_real_score_is_the_usual_formula():
 
 # ------------------------------------------------------------------------------------ the causal histories
 
-def batch(chunks, level=1, seed=0, B=2):
+def batch(chunks, exit_step=1, seed=0, B=2):
     generators = [wc.seeded(seed + n) for n in range(B)]
     shape = (B, 16, sum(chunks), 4, 4)
-    return distill_dmd.Batch(["x"] * B, random_latents(B, 8, 16, seed=5), generators, level,
+    return distill_dmd.Batch(["x"] * B, random_latents(B, 8, 16, seed=5), generators, exit_step,
                              wc.gaussian(shape, generators, "cpu"), data=random_latents(*shape, seed=6))
 
 
@@ -178,7 +178,7 @@ def test_ravens_forward_is_what_the_rollout_computed(level):
 
 def test_gradient_through_the_history():
     """RAVEN: later chunks reach what encodes the history. Self Forcing: it is a constant, with the same values."""
-    net, b = random_dit(), batch(CHUNKS, level=3)
+    net, b = random_dit(), batch(CHUNKS, exit_step=3)
     b.states, b.endpoints = wc.recorded_rollout(net, b.noise, b.context, STEPS, CHUNKS, b.generators)
     b.endpoints.requires_grad_()
     distill_dmd.student_sample("raven", net, b, STEPS, CHUNKS)[:, :, 6:].sum().backward()
@@ -186,10 +186,10 @@ def test_gradient_through_the_history():
     raven = torch.cat([p.grad.flatten() for p in net.parameters()])
 
     net.zero_grad()
-    noise = batch(CHUNKS, level=3)
+    noise = batch(CHUNKS, exit_step=3)
     noise.noise.requires_grad_()
-    x0 = distill_dmd.own_rollout(net, noise, STEPS, CHUNKS, grad_from=0)
-    torch.testing.assert_close(x0, b.endpoints, atol=1e-5, rtol=1e-5)  # level 3 is the last step
+    x0 = distill_dmd.self_rollout(net, noise, STEPS, CHUNKS, grad_from=0)
+    torch.testing.assert_close(x0, b.endpoints, atol=1e-5, rtol=1e-5)  # step 3 is the last one
     x0[:, :, 6:].sum().backward()
     assert noise.noise.grad is None or noise.noise.grad.abs().sum() == 0
     own = torch.cat([p.grad.flatten() for p in net.parameters()])
@@ -489,7 +489,17 @@ def test_two_ranks_and_accumulation_equal_one_process_with_the_whole_batch(stage
     for x, y in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two")):
         for key in set(x) & set(y) - {"seconds", "peak_gib"}:
             assert x[key] == pytest.approx(y[key], rel=2e-3, abs=1e-4), key
-    assert len(list((tmp_path / "one/samples/step_000002").glob("*.mp4"))) == 4
+    for step in ("step_000000", "step_000002"):  # what it starts from, and what has come of it
+        names = sorted(path.name for path in (tmp_path / "one/samples" / step).iterdir())
+        assert [name[:4] for name in names] == ["0_a_", "1_a_", "2_a_", "3_a_"]
+    settings = json.loads((tmp_path / "one/settings.json").read_text())
+    assert settings["stage"] == command(stage, made)[0].removesuffix(".py") and settings["lr"] == 1e-4
+    assert [("held_out_motion" in row) for row in metrics(tmp_path / "one")] == [False, True]
+    lines = one.stdout.splitlines()
+    assert len({len(line) for line in lines if line.startswith("step ")}) == 1
+    last = lines.index(f"done: {tmp_path / 'one/model.safetensors'}; try")
+    assert f"--checkpoint {tmp_path / 'one/model.safetensors'} --model" in lines[last + 1]
+    assert "it/s" not in one.stderr and "Loading" not in one.stdout + one.stderr  # no terminal, no bars
 
     kind = wc.load_checkpoint(wc.load_dit(TINY), tmp_path / "one/model.safetensors")
     assert kind["stage"] == command(stage, made)[0].removesuffix(".py") and kind["step"] == "2"
@@ -534,11 +544,24 @@ def test_the_result_is_written_before_the_state(tmp_path):
     """So that a run killed in between has a step left to do, and makes the result again."""
     args = reward_forcing.parse_args(["--init", "x", "--out", str(tmp_path / "run")])
     with wc.processes("cpu") as process:
-        training = wc.Run("reward_forcing", args, process)
+        training = wc.Run("reward_forcing", args, process, [])
         training.state.mkdir()  # so that it cannot be written
         with pytest.raises(wc.InputError, match="cannot write .*state.pt"):
             training.save({"x": torch.ones(1)}, [1000.0], kind="causal")
     assert load_file(tmp_path / "run/model.safetensors")["x"] == 1
+
+
+def test_a_run_whose_motion_falls_says_so_once(tmp_path, capsys):
+    lines = [f'{{"motion": {m}}}' for m in [0.2, 0.4] * 5 + [9] * 3 + [0.1] * 10]
+    assert wc.mean_motion(lines) == pytest.approx((0.3, 0.1))
+    assert wc.mean_motion(lines[:1]) == pytest.approx((0.2, 0.2))
+    args = ["--init", "x", "--out", str(tmp_path / "run"), "--steps", "30", "--motion-alarm", "0.5"]
+    with wc.processes("cpu") as process:
+        training = wc.Run("reward_forcing", reward_forcing.parse_args(args), process, [])
+        for step in training.steps():
+            training.report(motion=1 / (1 + step))
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert len(said) == 1 and said[0].startswith("warning: motion fell from 0.2929 to 0.")
 
 
 def test_a_run_is_not_resumed_with_other_trajectories(made, tmp_path):
@@ -553,7 +576,7 @@ def test_a_run_is_not_resumed_with_other_trajectories(made, tmp_path):
 def test_sampling_is_resumed_without_a_lost_or_doubled_trajectory(made, tmp_path):
     out = tmp_path / "trajectories"
     done = torchrun(2, *SAMPLE, "--out", out)
-    assert done.returncode == 0 and "0.00 GB on disk" in done.stdout, done.stderr
+    assert done.returncode == 0 and "6 trajectories of 0.0 MB: 0.1 MB on disk in all; 6 to be made" in done.stdout, done.stderr
     files = sorted(out.glob("*"))
     assert [f.name for f in files] == [f"trajectories_{n:06d}.safetensors" for n in (0, 2, 4)]
     files[1].unlink()  # as if killed before this one was written
