@@ -36,13 +36,15 @@ import json
 import math
 import random
 
-from wan_causal import (EMA, InputError, Parser, Run, aesthetic_head, checked_reward, chunk_sizes, chunk_weights,
-                        claim_folder, clip_preprocess, compute_dtype, counted, consistency_kernel, find_folder, format_steps,
-                        gaussian, interleaved_x0, latent_shape, load_clip, load_function, load_generator,
-                        load_image_reward, load_text_encoder, load_vae, merge_lora, number, parse_stage, processes,
-                        read_prompts, recorded_rollout, refuse_unused, replace_file, run_script, sample_generators,
-                        sample_numbers, save_checkpoint, say_cut, shuffled, trainable, training_flags, v_from_x0,
-                        whole)
+from wan_causal import (EMA, InputError, Parser, Run, aesthetic_head, checked_reward,
+                        chunk_sizes, chunk_weights, claim_folder, clip_preprocess,
+                        compute_dtype, counted, consistency_kernel, find_folder, format_steps,
+                        gaussian, interleaved_x0, latent_shape, load_clip, load_function,
+                        load_generator, load_image_reward, load_text_encoder, load_vae,
+                        merge_lora, number, parse_stage, processes, read_prompts,
+                        recorded_rollout, refuse_unused, replace_file, run_script,
+                        sample_generators, sample_numbers, save_checkpoint, say_cut, shuffled,
+                        trainable, training_flags, v_from_x0, whole)
 
 import torch
 from torch import nn
@@ -53,7 +55,8 @@ from torch.nn import functional as F
 # Policy: kernels, advantages, losses
 
 def euler_maruyama(noise):
-    """Flow-GRPO eq. 9, its noise level a = `noise`: the reverse SDE's step instead of the consistency sampler's.
+    """Flow-GRPO eq. 9, its noise level a = `noise`: the reverse SDE's step instead of the
+    consistency sampler's.
 
     x' = x + [v + sigma_t^2 / (2 t) (x + (1 - t) v)] dt + sigma_t sqrt|dt| eps,  sigma_t = a sqrt(t / (1 - t)); t and
     dt are noise levels. At t = 1, where that is infinite, 1 - t is that of the next step, as in its code.
@@ -69,10 +72,11 @@ def euler_maruyama(noise):
 
 
 def surrogate(x0, z_next, mean, std, slope, advantage, weights):
-    """Mean w |x0 - sg(x0 + A / 2 * d log pi / d x0)|^2: its gradient at x0 is -w A (d log pi / d x0) / numel.
+    """Mean w |x0 - sg(x0 + A / 2 * d log pi / d x0)|^2: its gradient at x0 is -w A (d log pi /
+    d x0) / numel.
 
-    x0, z_next, mean (B, C, F, H, W), advantage (B,), weights (F,). RAVEN eq. 12; for the consistency kernel
-    d log pi / d x0 = (1 - s') (z' - (1 - s') x0) / s'^2.
+    x0, z_next, mean (B, C, F, H, W), advantage (B,), weights (F,). RAVEN eq. 12; for the
+    consistency kernel d log pi / d x0 = (1 - s') (z' - (1 - s') x0) / s'^2.
     """
     score = slope * (z_next - mean) / std ** 2
     target = (x0 + advantage.view(-1, 1, 1, 1, 1) / 2 * score).detach()
@@ -80,9 +84,11 @@ def surrogate(x0, z_next, mean, std, slope, advantage, weights):
 
 
 def kl_to_reference(x0, x0_reference, std, slope, weights):
-    """KL of two Gaussian kernels with the same std, mean w slope^2 |x0 - x0_ref|^2 / (2 std^2) over the elements.
+    """KL of two Gaussian kernels with the same std, mean w slope^2 |x0 - x0_ref|^2 / (2 std^2)
+    over the elements.
 
-    x0, x0_reference (B, C, F, H, W); weights (F,), those of the policy's loss, as in the public code.
+    x0, x0_reference (B, C, F, H, W); weights (F,), those of the policy's loss, as in the public
+    code.
     """
     square = (x0 - x0_reference).square().mean(dim=(0, 1, 3, 4))  # (F,)
     return slope ** 2 * (square * weights).mean() / (2 * std ** 2)
@@ -91,8 +97,9 @@ def kl_to_reference(x0, x0_reference, std, slope, weights):
 def normalise(x):
     """Zero mean and unit standard deviation within each row (P, G).
 
-    As the public code has it: a standard deviation below 1e-4 counts as 1e-4, so that a reward with hardly any spread
-    hardly counts. In float64: a row of equal rewards becomes zeros, not the noise of its rounding.
+    As the public code has it: a standard deviation below 1e-4 counts as 1e-4, so that a reward
+    with hardly any spread hardly counts. In float64: a row of equal rewards becomes zeros, not
+    the noise of its rounding.
     """
     centred = x.double() - x.double().mean(dim=1, keepdim=True)
     std = centred.square().mean(dim=1, keepdim=True).sqrt()
@@ -109,7 +116,8 @@ def group_advantages(rewards, weights, clip=5.0):
 # Rewards: callables (video (B, 3, T, H, W) in [-1, 1], prompts) -> (B,); no gradient is needed
 
 def motion_amount(video, prompts):
-    """How much moves: mean over frames of the top 5 % of |brightness change| from frame to frame, in 0..1.
+    """How much moves: mean over frames of the top 5 % of |brightness change| from frame to
+    frame, in 0..1.
 
     Stands in for the dynamic degree (top 5 % of RAFT's optical flow). A picture has none.
     """
@@ -122,7 +130,8 @@ def motion_amount(video, prompts):
 def motion_smoothness(video, prompts):
     """How well each odd frame is the mean of its neighbours: 1 - mean |difference|.
 
-    Stands in for motion smoothness, which asks how well AMT interpolates the odd frames. A picture has 1.
+    Stands in for motion smoothness, which asks how well AMT interpolates the odd frames. A
+    picture has 1.
     """
     if video.shape[2] == 1:
         return video.new_ones(len(video))
@@ -140,24 +149,32 @@ class Clip:
     """CLIP ViT-L/14: text-image similarity, and the LAION aesthetic head on its image features."""
 
     def __init__(self, name, head, device):
-        self.model, self.tokenizer = load_clip(find_folder(name, ['*.json', '*.txt', 'model.safetensors']), device)
-        self.head = aesthetic_head(head, self.model.config.projection_dim, device) if head else None
+        self.model, self.tokenizer = load_clip(
+            find_folder(name, ['*.json', '*.txt', 'model.safetensors']), device)
+        self.head = aesthetic_head(head, self.model.config.projection_dim,
+                                   device) if head else None
         self.device = device
 
     def images(self, frames):
         """(B, 3, H, W) in [-1, 1] -> unit image features (B, D)."""
         pixels = clip_preprocess(frames, self.model.config.vision_config.image_size)
-        return F.normalize(self.model.visual_projection(self.model.vision_model(pixels).pooler_output), dim=-1)
+        return F.normalize(
+            self.model.visual_projection(self.model.vision_model(pixels).pooler_output), dim=-1)
 
     def similarity(self, video, prompts):
         """Mean cosine of the frames with the prompt."""
-        words = self.tokenizer(list(prompts), padding=True, truncation=True, return_tensors='pt').to(self.device)
-        text = F.normalize(self.model.text_projection(self.model.text_model(**words).pooler_output), dim=-1)
-        return torch.stack([(self.images(frame) * text).sum(-1) for frame in some_frames(video)]).mean(0)
+        words = self.tokenizer(list(prompts), padding=True, truncation=True,
+                               return_tensors='pt').to(self.device)
+        text = F.normalize(
+            self.model.text_projection(self.model.text_model(**words).pooler_output), dim=-1)
+        return torch.stack([(self.images(frame) * text).sum(-1)
+                            for frame in some_frames(video)]).mean(0)
 
     def aesthetic(self, video, prompts):
         """Mean LAION aesthetic score of the frames, 1..10."""
-        return torch.stack([F.linear(self.images(frame), *self.head)[:, 0] for frame in some_frames(video)]).mean(0)
+        return torch.stack([
+            F.linear(self.images(frame), *self.head)[:, 0] for frame in some_frames(video)
+        ]).mean(0)
 
 
 def named_weight(text):
@@ -178,15 +195,18 @@ def load_rewards(args, process, prompts):
             rewards.append((name, lambda video, prompts: torch.stack(
                 [model.score(frame, prompts) for frame in some_frames(video)]).mean(0)))
         elif name in ('motion', 'smoothness'):
-            rewards.append((name, {'motion': motion_amount, 'smoothness': motion_smoothness}[name]))
+            rewards.append((name, {'motion': motion_amount,
+                                   'smoothness': motion_smoothness}[name]))
         elif name in ('clip', 'aesthetic'):
             if name == 'aesthetic' and not args.aesthetic_head:
-                raise InputError('the reward aesthetic needs --aesthetic-head, LAION\'s sa_0_4_vit_l_14_linear.pth')
+                raise InputError('the reward aesthetic needs --aesthetic-head, LAION\'s '
+                                 'sa_0_4_vit_l_14_linear.pth')
             clip = clip or Clip(args.clip_model, args.aesthetic_head, device)
             rewards.append((name, {'clip': clip.similarity, 'aesthetic': clip.aesthetic}[name]))
         else:
             rewards.append((name, load_function(name, '--rewards',
-                                                'imagereward, motion, smoothness, clip, aesthetic')))
+                                                'imagereward, motion, smoothness, clip, '
+                                                'aesthetic')))
     return rewards, torch.tensor(weights)
 
 
@@ -194,7 +214,8 @@ def load_rewards(args, process, prompts):
 # LoRA
 
 class LoRA(nn.Module):
-    """A frozen linear layer plus alpha / rank * B A; its parts have PEFT's names, B starts at zero."""
+    """A frozen linear layer plus alpha / rank * B A; its parts have PEFT's names, B starts at
+    zero."""
 
     def __init__(self, base, rank, alpha):
         super().__init__()
@@ -210,30 +231,43 @@ class LoRA(nn.Module):
 
 
 def add_lora(net, rank, alpha, seed):
-    """Replace all linear layers of a DiT (the paper's 306 at full size) by LoRA ones and freeze everything else."""
+    """Replace all linear layers of a DiT (the paper's 306 at full size) by LoRA ones and freeze
+    everything else."""
     torch.manual_seed(seed)  # A is random, and the same on all ranks
     net.requires_grad_(False)
     for name, module in [(n, m) for n, m in net.named_modules() if isinstance(m, nn.Linear)]:
         parent, _, child = name.rpartition('.')
-        setattr(net.get_submodule(parent), child, LoRA(module, rank, alpha).to(module.weight.device))
+        setattr(net.get_submodule(parent), child,
+                LoRA(module, rank, alpha).to(module.weight.device))
 
 
 def save_adapter(folder, average, args, **metadata):
-    """Averaged LoRA weights as PEFT keeps them: its names, its two files. metadata: see `save_checkpoint`."""
+    """Averaged LoRA weights as PEFT keeps them: its names, its two files. metadata: see
+    `save_checkpoint`."""
     weights = {f'base_model.model.{name}': value for name, value in average.items()}
-    save_checkpoint(folder / 'adapter_model.safetensors', weights, stage='cm_grpo', kind='causal',
+    save_checkpoint(folder / 'adapter_model.safetensors', weights, stage='cm_grpo',
+                    kind='causal',
                     lora_alpha=args.lora_alpha, base=str(args.init), **metadata)
-    config = {'peft_type': 'LORA', 'r': args.lora_rank, 'lora_alpha': args.lora_alpha, 'bias': 'none',
-              'target_modules': sorted({name.partition('.lora_')[0] for name in average})}
-    replace_file(folder / 'adapter_config.json', lambda path: path.write_text(json.dumps(config, indent=1) + '\n'))
+    config = {
+        'peft_type': 'LORA', 'r': args.lora_rank, 'lora_alpha': args.lora_alpha, 'bias': 'none',
+        'target_modules': sorted({name.partition('.lora_')[0]
+                                  for name in average})
+    }
+    replace_file(folder / 'adapter_config.json',
+                 lambda path: path.write_text(json.dumps(config, indent=1) + '\n'))
 
 
 def merged(net, average, alpha):
-    """Plain DiT weights: the base with the averaged LoRA merged in, on the CPU, or the averaged weights themselves."""
+    """Plain DiT weights: the base with the averaged LoRA merged in, on the CPU, or the averaged
+    weights themselves."""
     if not any('.lora_' in name for name in average):
         return average
     average = {name: value.cpu() for name, value in average.items()}
-    base = {k.replace('.base_layer', ''): v.cpu() for k, v in net.state_dict().items() if '.lora_' not in k}
+    base = {
+        k.replace('.base_layer', ''): v.cpu()
+        for k, v in net.state_dict().items()
+        if '.lora_' not in k
+    }
     return merge_lora({**base, **average}, base, {'lora_alpha': alpha})
 
 
@@ -253,7 +287,8 @@ def without_lora(net):
 
 @torch.no_grad()
 def reference_x0(net, frozen, *inputs):
-    """The prediction of the generator as it was at the start: `frozen`, or the model without its LoRA."""
+    """The prediction of the generator as it was at the start: `frozen`, or the model without
+    its LoRA."""
     if frozen is not None:
         return interleaved_x0(frozen, *inputs)
     with without_lora(net):
@@ -264,38 +299,52 @@ def reference_x0(net, frozen, *inputs):
 
 def parse_args(argv=None):
     p = Parser(description='Policy gradients on the consistency sampler\'s own kernel.')
-    training_flags(p, out='runs/cm_grpo', steps=160, lr=5e-6, weight_decay=0.0, grad_clip=1000.0, ema=0.9675)
+    training_flags(p, out='runs/cm_grpo', steps=160, lr=5e-6, weight_decay=0.0,
+                   grad_clip=1000.0, ema=0.9675)
     g = p.add_argument_group('policy')
     g.add_argument('--init', metavar='FILE', help='causal few-step generator to start from')
-    g.add_argument('--policy', choices=['cm', 'em'], default='cm', help='kernel: consistency, or Euler-Maruyama')
-    g.add_argument('--em-noise', type=number(above=0), default=0.4, help='noise level of --policy em')
+    g.add_argument('--policy', choices=['cm', 'em'], default='cm',
+                   help='kernel: consistency, or Euler-Maruyama')
+    g.add_argument('--em-noise', type=number(above=0), default=0.4,
+                   help='noise level of --policy em')
     g.add_argument('--group', type=whole(2), default=32, help='rollouts per prompt')
-    g.add_argument('--prompts-per-step', type=whole(1), default=8, help='prompts per step; --accum follows from it')
-    g.add_argument('--kl', type=number(0), default=0.0, help='weight of the KL to the start; 0: off')
-    g.add_argument('--chunk-weight-shift', type=number(), default=-1.0, help='loss weights, see distill_dmd.py')
-    g.add_argument('--chunk', type=whole(1), help='latent frames per chunk; 1 is frame-wise (default: as --init)')
+    g.add_argument('--prompts-per-step', type=whole(1), default=8,
+                   help='prompts per step; --accum follows from it')
+    g.add_argument('--kl', type=number(0), default=0.0,
+                   help='weight of the KL to the start; 0: off')
+    g.add_argument('--chunk-weight-shift', type=number(), default=-1.0,
+                   help='loss weights, see distill_dmd.py')
+    g.add_argument('--chunk', type=whole(1),
+                   help='latent frames per chunk; 1 is frame-wise (default: as --init)')
     g.add_argument('--lora-rank', type=whole(0), default=256, help='0: train all weights')
-    g.add_argument('--lora-alpha', type=number(), default=256, help='the update is alpha / rank * B A')
+    g.add_argument('--lora-alpha', type=number(), default=256,
+                   help='the update is alpha / rank * B A')
     g = p.add_argument_group('rewards')
     g.add_argument('--rewards', nargs='+', type=named_weight, metavar='NAME=WEIGHT',
                    default=['imagereward=1', 'clip=2', 'motion=0.35', 'smoothness=0.75'],
                    help='imagereward, clip, aesthetic, motion, smoothness, or module:function')
-    g.add_argument('--reward-model', default='THUDM/ImageReward', help='ImageReward\'s folder or hub repository')
+    g.add_argument('--reward-model', default='THUDM/ImageReward',
+                   help='ImageReward\'s folder or hub repository')
     g.add_argument('--clip-model', default='openai/clip-vit-large-patch14', help='CLIP')
-    g.add_argument('--aesthetic-head', metavar='FILE', help='LAION\'s sa_0_4_vit_l_14_linear.pth')
+    g.add_argument('--aesthetic-head', metavar='FILE',
+                   help='LAION\'s sa_0_4_vit_l_14_linear.pth')
     args = parse_stage(p, 'cm_grpo', argv)
     if not args.init:
-        raise InputError('no --init: CM-GRPO starts from a causal few-step generator, such as the result of '
-                         'distill_dmd.py --history raven or of reward_forcing.py')
+        raise InputError('no --init: CM-GRPO starts from a causal few-step generator, such as '
+                         'the result of distill_dmd.py --history raven or of reward_forcing.py')
     if args.accum != p.get_default('accum'):
-        raise InputError(f'--accum {args.accum} follows from --prompts-per-step, --group and --batch: change these')
+        raise InputError(f'--accum {args.accum} follows from --prompts-per-step, --group and '
+                         '--batch: change these')
     names = {item.partition('=')[0] for item in args.rewards}
-    for without, why, *flags in (
-            (not names & {'aesthetic'}, 'aesthetic=WEIGHT is not among --rewards', 'aesthetic_head'),
-            (not names & {'aesthetic', 'clip'}, 'clip=WEIGHT is not among --rewards', 'clip_model'),
-            (not names & {'imagereward'}, 'imagereward=WEIGHT is not among --rewards', 'reward_model'),
-            (args.policy == 'cm', 'it is that of --policy em', 'em_noise'),
-            (args.lora_rank == 0, '--lora-rank 0 trains all weights', 'lora_alpha')):
+    for without, why, *flags in ((not names & {'aesthetic'},
+                                  'aesthetic=WEIGHT is not among --rewards', 'aesthetic_head'),
+                                 (not names & {'aesthetic', 'clip'},
+                                  'clip=WEIGHT is not among --rewards', 'clip_model'),
+                                 (not names & {'imagereward'},
+                                  'imagereward=WEIGHT is not among --rewards', 'reward_model'),
+                                 (args.policy == 'cm', 'it is that of --policy em', 'em_noise'),
+                                 (args.lora_rank == 0, '--lora-rank 0 trains all weights',
+                                  'lora_alpha')):
         if without:
             refuse_unused(p, args, why, *flags)
     return args
@@ -313,38 +362,43 @@ def train(args, process):
     device, total = process.device, args.prompts_per_step * args.group
     dtype = compute_dtype(args, device)
     if total % (args.batch * process.world):
-        raise InputError(f'{args.prompts_per_step} prompts x {args.group} rollouts do not divide into --batch '
-                         f'{args.batch} on {process.world} processes')
+        raise InputError(f'{args.prompts_per_step} prompts x {args.group} rollouts do not '
+                         f'divide into --batch {args.batch} on {process.world} processes')
     args.accum = total // (args.batch * process.world)
     prompts, held_out = read_prompts(args)
 
     # --- models
     folder = find_folder(args.model)
-    text, vae = load_text_encoder(folder, dtype, device, args.offload_text), load_vae(folder, dtype, device)
+    text, vae = load_text_encoder(folder, dtype, device,
+                                  args.offload_text), load_vae(folder, dtype, device)
     say_cut(process, prompts, text, 'the text encoder')
     rewards, reward_weights = load_rewards(args, process, prompts)
     net, steps, chunk, shift = load_generator(folder, args.init, 'causal')
     chunk = args.chunk or chunk
     net = trainable(net, args, device, dtype)
-    frozen = None if args.lora_rank or not args.kl else copy.deepcopy(net).requires_grad_(False)  # the start, for the KL
+    # the start, for the KL
+    frozen = None if args.lora_rank or not args.kl else copy.deepcopy(net).requires_grad_(False)
     if args.lora_rank:
         add_lora(net, args.lora_rank, args.lora_alpha, args.seed)
     generator = process.wrap(net)
     if len(steps) < 2:
-        raise InputError(f'{args.init} samples in one step: CM-GRPO needs at least two, as the last one is not random')
+        raise InputError(f'{args.init} samples in one step: CM-GRPO needs at least two, as the '
+                         'last one is not random')
     shape = latent_shape(args, net.config)
     chunks = chunk_sizes(shape[1], chunk)
     weights = chunk_weights(chunks, args.chunk_weight_shift).to(device)
     kernel = consistency_kernel if args.policy == 'cm' else euler_maruyama(args.em_noise)
-    process.print(f'timesteps {format_steps(steps)}; chunks of {counted(chunk, "latent frame")}; {args.prompts_per_step} groups '
-                  f'of {args.group}; rewards {", ".join(args.rewards)}')
+    process.print(f'timesteps {format_steps(steps)}; chunks of '
+                  f'{counted(chunk, "latent frame")}; {args.prompts_per_step} groups of '
+                  f'{args.group}; rewards {", ".join(args.rewards)}')
 
     # --- optimizer
     ema = EMA(net, args.ema, args.ema_start)
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=args.lr,
-                                  betas=(args.beta1, 0.999), eps=1e-10, weight_decay=args.weight_decay, fused=True)
-    run = Run('cm_grpo', args, process, ['generate.py "PROMPT" --checkpoint'], generator=net, ema=ema,
-              optimizer=optimizer)
+                                  betas=(args.beta1, 0.999), eps=1e-10,
+                                  weight_decay=args.weight_decay, fused=True)
+    run = Run('cm_grpo', args, process, ['generate.py "PROMPT" --checkpoint'], generator=net,
+              ema=ema, optimizer=optimizer)
 
     def sample():
         with ema.swapped_in(net):
@@ -354,27 +408,37 @@ def train(args, process):
     if run.step == 0 and run.due(args.sample_every):
         sample()  # what it starts from
     for step in run.steps():
-        # sample: the group of sample n is n // G; one transition, never the last one, the same on all ranks
+        # sample: the group of sample n is n // G; one transition, never the last one, the same
+        # on all ranks
         k = random.Random(f'{args.seed} {step}').randrange(len(steps) - 1)
         batches, scores, motion = [], [], 0
         for micro in range(args.accum):
             numbers = sample_numbers(args, process, step, micro)
             generators = sample_generators(args, numbers, device)
             captions = [shuffled(prompts, n // args.group, args.seed) for n in numbers]
-            context, noise = text(captions).float(), gaussian((args.batch, *shape), generators, device)
-            states, endpoints = recorded_rollout(generator, noise, context, steps, chunks, generators, kernel)
+            context, noise = text(captions).float(), gaussian((args.batch, *shape), generators,
+                                                              device)
+            states, endpoints = recorded_rollout(generator, noise, context, steps, chunks,
+                                                 generators, kernel)
             with torch.no_grad():
                 video = vae.decode(endpoints)
-                scores.append(torch.stack([checked_reward(reward, video, captions).float() for _, reward in rewards],
-                                          dim=1))
+                scores.append(
+                    torch.stack([
+                        checked_reward(reward, video, captions).float() for _, reward in rewards
+                    ], dim=1))
             motion += motion_amount(video, captions).mean().item() / args.accum
             batches.append((context, states[k], states[k + 1], endpoints))
 
-        # score: rewards of the whole step in the order of the sample numbers, the same on all ranks
+        # score: rewards of the whole step in the order of the sample numbers, the same on all
+        # ranks
         gathered = process.gather(torch.stack(scores))  # (world, accum, batch, kinds)
-        values = gathered.transpose(0, 1).reshape(args.prompts_per_step, args.group, len(rewards)).cpu()
-        named = {f'{what}_{name}': of[..., i].mean().item() for i, (name, _) in enumerate(rewards)
-                 for what, of in (('reward', values), ('spread', values.std(dim=1)))}
+        values = gathered.transpose(0, 1).reshape(args.prompts_per_step, args.group,
+                                                  len(rewards)).cpu()
+        named = {
+            f'{what}_{name}': of[..., i].mean().item()
+            for i, (name, _) in enumerate(rewards)
+            for what, of in (('reward', values), ('spread', values.std(dim=1)))
+        }
         run.check(**named)
         advantage = group_advantages(values, reward_weights)  # (P, G)
         mine = advantage.view(args.accum, process.world, args.batch)[:, process.rank].to(device)
@@ -393,13 +457,15 @@ def train(args, process):
                     loss, kl_sum = loss + args.kl * kl, kl_sum + kl.item() / args.accum
                 (loss / args.accum).backward()
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip)
-        metrics = run.check(grad_norm=norm, motion=motion, **({'kl': kl_sum} if args.kl else {}))
+        metrics = run.check(grad_norm=norm, motion=motion,
+                            **({'kl': kl_sum} if args.kl else {}))
         optimizer.step()
         process.forget_gradients(optimizer)
         ema.update(net, step)
 
         # log, sample, save
-        dead = (advantage.abs().amax(dim=1) < 1e-6).float().mean().item()  # groups without any spread teach nothing
+        # groups without any spread teach nothing
+        dead = (advantage.abs().amax(dim=1) < 1e-6).float().mean().item()
         metrics = {**named, 'no_spread': dead, 'transition': k, **metrics}
         if run.due(args.sample_every):
             metrics |= sample()
@@ -409,7 +475,8 @@ def train(args, process):
             if process.rank == 0:
                 result = merged(net, ema.average, args.lora_alpha)
                 if args.lora_rank:
-                    save_adapter(run.folder / 'lora', ema.average, args, timesteps=format_steps(steps, 10), chunk=chunk)
+                    save_adapter(run.folder / 'lora', ema.average, args,
+                                 timesteps=format_steps(steps, 10), chunk=chunk)
             run.save(result, steps, kind='causal', chunk=chunk, shift=shift, config=net.config)
 
 

@@ -42,51 +42,65 @@ Reward-Forcing gives none for that stage.
 import dataclasses
 import random
 
-from wan_causal import (EMA, FRAMES, NEGATIVE_PROMPT, InputError, Parser, Run, Trajectories, add_noise, block_causal,
-                        checked_reward, chunk_sizes, chunk_weights, claim_folder, compute_dtype, counted, draw_per_chunk, find_folder,
-                        format_steps, frame_reward, gaussian, guided_velocity, interleaved_x0, latent_frames,
-                        latent_motion, latent_shape, load_dit, load_generator, load_image_reward, load_text_encoder,
-                        load_vae, number, parse_known, parse_stage, processes, read_prompts, recorded_rollout,
-                        refuse_unused, rewarded_video, rollout, run_script, sample_generators, sample_numbers,
-                        say_cut, shift_sigma, shuffled, trainable, training_flags, whole, x0_from_v)
+from wan_causal import (EMA, FRAMES, NEGATIVE_PROMPT, InputError, Parser, Run, Trajectories,
+                        add_noise, block_causal, checked_reward, chunk_sizes, chunk_weights,
+                        claim_folder, compute_dtype, counted, draw_per_chunk, find_folder,
+                        format_steps, frame_reward, gaussian, guided_velocity, interleaved_x0,
+                        latent_frames, latent_motion, latent_shape, load_dit, load_generator,
+                        load_image_reward, load_text_encoder, load_vae, number, parse_known,
+                        parse_stage, processes, read_prompts, recorded_rollout, refuse_unused,
+                        rewarded_video, rollout, run_script, sample_generators, sample_numbers,
+                        say_cut, shift_sigma, shuffled, trainable, training_flags, whole,
+                        x0_from_v)
 
 import torch
 
 # The settings of the papers, as far as they differ: the flags' defaults for each history.
-# Guidance in the usual formula: CausVid's 3.5 and Self Forcing's 3.0 multiply (cond - uncond) on top of cond.
-# Steps are generator updates; the public 600 and 1000 count critic updates, five for each of the generator, and
-# RAVEN's 300 two.
-SELF_FORCING = dict(steps=120, accum=8, lr=2e-6, critic_lr=4e-7, beta1=0.0, weight_decay=0.01, grad_clip=10.0, ema=0.99,
-                    ema_start=40, ratio=5, guidance=4.0, shift=5.0, chunk_weight_shift=0.0)
-CAUSVID = {**SELF_FORCING, 'steps': 200, 'critic_lr': 2e-6, 'beta1': 0.9, 'guidance': 4.5, 'shift': 8.0}
+# Guidance in the usual formula: CausVid's 3.5 and Self Forcing's 3.0 multiply (cond - uncond)
+# on top of cond. Steps are generator updates; the public 600 and 1000 count critic updates,
+# five for each of the generator, and RAVEN's 300 two.
+SELF_FORCING = dict(steps=120, accum=8, lr=2e-6, critic_lr=4e-7, beta1=0.0, weight_decay=0.01,
+                    grad_clip=10.0, ema=0.99, ema_start=40, ratio=5, guidance=4.0, shift=5.0,
+                    chunk_weight_shift=0.0)
+CAUSVID = {
+    **SELF_FORCING, 'steps': 200, 'critic_lr': 2e-6, 'beta1': 0.9, 'guidance': 4.5, 'shift': 8.0
+}
 SETTINGS = {
     'bidirectional': {**SELF_FORCING, 'guidance': 3.0},
     'diffusion-forcing': CAUSVID,
     'teacher-forcing': CAUSVID,
     'self-forcing': SELF_FORCING,
-    'raven': {**SELF_FORCING, 'steps': 150, 'accum': 4, 'weight_decay': 0.0, 'grad_clip': 1000.0, 'ema': 0.9675,
-              'ema_start': 0, 'ratio': 2, 'guidance': 3.0, 'chunk_weight_shift': -1.0,
-              'negative': 'slow motion, time dilation, 高帧率，' + NEGATIVE_PROMPT},
+    'raven': {
+        **SELF_FORCING, 'steps': 150, 'accum': 4, 'weight_decay': 0.0, 'grad_clip': 1000.0,
+        'ema': 0.9675, 'ema_start': 0, 'ratio': 2, 'guidance': 3.0, 'chunk_weight_shift': -1.0,
+        'negative': 'slow motion, time dilation, 高帧率，' + NEGATIVE_PROMPT
+    },
 }
-WITH_DATA = ('diffusion-forcing', 'teacher-forcing')  # whose clean history comes from trajectories
+# whose clean history comes from trajectories
+WITH_DATA = ('diffusion-forcing', 'teacher-forcing')
 
 
 # ----------------------------------------------------------------------------------------------------------
 # The losses
 
 def score_timestep(generators, shift, device):
-    """Timesteps (B,) at which the scores are compared: uniform whole numbers, shifted, within [20, 980].
+    """Timesteps (B,) at which the scores are compared: uniform whole numbers, shifted, within
+    [20, 980].
 
-    Self Forcing's rule, for every history: RAVEN scales into that range where this clamps to it.
+    Self Forcing's rule, for every history: RAVEN scales into that range where this clamps to
+    it.
     """
-    tau = torch.stack([torch.randint(1000, (), generator=g, device=g.device) for g in generators]).to(device)
+    tau = torch.stack(
+        [torch.randint(1000, (), generator=g, device=g.device) for g in generators]).to(device)
     return 1000 * shift_sigma(tau / 1000, shift).clamp(0.02, 0.98)
 
 
 def dmd_direction(x0, fake, real):
-    """Gradient of the KL divergence between student and teacher at x0; all (B, C, F, H, W), float64 out.
+    """Gradient of the KL divergence between student and teacher at x0; all (B, C, F, H, W),
+    float64 out.
 
-    DMD2 eq. 2-3 and DMD eq. 7-8 in terms of x0 predictions: (fake - real) / mean|x0 - real|, the mean per sample.
+    DMD2 eq. 2-3 and DMD eq. 7-8 in terms of x0 predictions: (fake - real) / mean|x0 - real|,
+    the mean per sample.
     """
     x0, fake, real = x0.double(), fake.double(), real.double()
     scale = (x0 - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True).clamp(min=1e-5)
@@ -94,7 +108,8 @@ def dmd_direction(x0, fake, real):
 
 
 def dmd_loss(x0, direction, weights=1.0):
-    """1/2 mean w (x0 - sg(x0 - direction))^2 in float64: its gradient is w direction / x0.numel().
+    """1/2 mean w (x0 - sg(x0 - direction))^2 in float64: its gradient is w direction /
+    x0.numel().
 
     x0, direction (B, C, F, H, W); weights (F,), see `chunk_weights`.
     """
@@ -119,17 +134,19 @@ def compare_scores(x0, teacher, critic, context, negative, guidance, shift, gene
 
 
 def reward_and_gradient(reward, vae, x0, prompts, frame):
-    """Rewards (B,) of one video frame, and their gradient at x0 (B, C, F, H, W); see `rewarded_video`."""
+    """Rewards (B,) of one video frame, and their gradient at x0 (B, C, F, H, W); see
+    `rewarded_video`."""
     x0 = x0.requires_grad_()
     score = checked_reward(reward, rewarded_video(vae, x0, [frame], past=2), prompts)
     return score.detach(), torch.autograd.grad(score.sum(), x0)[0]
 
 
 def with_reward(direction, gradient, weight):
-    """Distillation and reward on the same scale, summed (Reward-Forcing 5.1; the paper gives no formula).
+    """Distillation and reward on the same scale, summed (Reward-Forcing 5.1; the paper gives no
+    formula).
 
-    direction, and the reward's gradient at x0, which goes the other way: both (B, C, F, H, W). Per sample, the
-    gradient is brought to the direction's norm.
+    direction, and the reward's gradient at x0, which goes the other way: both (B, C, F, H, W).
+    Per sample, the gradient is brought to the direction's norm.
     """
     gradient = gradient.double()
     scale = direction.flatten(1).norm(dim=1) / gradient.flatten(1).norm(dim=1).clamp(min=1e-12)
@@ -145,27 +162,34 @@ class Batch:
     prompts: list
     context: torch.Tensor  # (B, L', text_dim)
     generators: list  # of the noise, one per sample
-    exit_step: int  # the exit step, or the step whose states are trained: the same for all samples and ranks
+    # the exit step, or the step whose states are trained: the same for all samples and ranks
+    exit_step: int
     noise: torch.Tensor  # (B, C, F, H, W)
-    data: torch.Tensor | None = None  # clean latents (B, C, F, H, W), for the histories that come from data
-    states: list = ()  # RAVEN's rollout: per step the noisy states of all chunks (B, C, F, H, W)
+    # clean latents (B, C, F, H, W), for the histories that come from data
+    data: torch.Tensor | None = None
+    # RAVEN's rollout: per step the noisy states of all chunks (B, C, F, H, W)
+    states: list = ()
     endpoints: torch.Tensor | None = None  # and their clean endpoints
 
 
 def self_rollout(generator, b, steps, chunks, grad_from=0):
-    """Self Forcing alg. 1: x0 of the rollout whose chunks all stop at step b.exit_step, which carries gradient.
+    """Self Forcing alg. 1: x0 of the rollout whose chunks all stop at step b.exit_step, which
+    carries gradient.
 
-    The history is in the cache, a constant. With one chunk: backward simulation of the bidirectional student.
+    The history is in the cache, a constant. With one chunk: backward simulation of the
+    bidirectional student.
     """
-    parts = rollout(generator, b.noise, b.context, steps, chunks, exit_step=b.exit_step, grad_from=grad_from,
-                    generator=b.generators)
+    parts = rollout(generator, b.noise, b.context, steps, chunks, exit_step=b.exit_step,
+                    grad_from=grad_from, generator=b.generators)
     return torch.cat([part.x0 for part in parts], dim=2)
 
 
 def denoise_data(generator, b, steps, chunks, clean_history):
-    """CausVid (history: the noisy chunks) and teacher forcing (history: the clean data): one forward over all chunks.
+    """CausVid (history: the noisy chunks) and teacher forcing (history: the clean data): one
+    forward over all chunks.
 
-    Each chunk has a timestep of its own among `steps`; for CausVid also 0, as its history is clean at inference.
+    Each chunk has a timestep of its own among `steps`; for CausVid also 0, as its history is
+    clean at inference.
     """
     levels = torch.tensor([*steps] if clean_history else [*steps, 0.0], device=b.data.device)
     t = levels[draw_per_chunk(len(levels), chunks, b.generators, b.data.device)]  # (B, F)
@@ -176,7 +200,8 @@ def denoise_data(generator, b, steps, chunks, clean_history):
 
 
 def student_sample(history, generator, b, steps, chunks, grad_from=0):
-    """x0 (B, C, F, H, W) of the student, with the gradient that its history allows (if gradients are on)."""
+    """x0 (B, C, F, H, W) of the student, with the gradient that its history allows (if
+    gradients are on)."""
     if history == 'raven':  # the latents are constants, the history is encoded in the graph
         x_t = b.states[b.exit_step]
         t = torch.full((x_t.shape[0], x_t.shape[2]), steps[b.exit_step], device=x_t.device)
@@ -187,10 +212,12 @@ def student_sample(history, generator, b, steps, chunks, grad_from=0):
 
 
 def last_window(x0, frames, vae):
-    """The last `frames` latent frames of a longer rollout (B, C, F, H, W), as the teacher expects a clip.
+    """The last `frames` latent frames of a longer rollout (B, C, F, H, W), as the teacher
+    expects a clip.
 
-    Its first latent frame stands for four video frames there, but for one in a clip: its last video frame is encoded
-    anew, without gradient (Self Forcing, which also leaves the rest of its chunk out of the loss).
+    Its first latent frame stands for four video frames there, but for one in a clip: its last
+    video frame is encoded anew, without gradient (Self Forcing, which also leaves the rest of
+    its chunk out of the loss).
     """
     start = x0.shape[2] - frames
     if start == 0:
@@ -206,49 +233,61 @@ def parse_args(argv=None):
     p = Parser(description='Few-step distillation by distribution matching.')
     training_flags(p, out='runs/distill_dmd')
     g = p.add_argument_group('student')
-    g.add_argument('--student', choices=['bidirectional', 'causal'], default='bidirectional', help='what is trained')
+    g.add_argument('--student', choices=['bidirectional', 'causal'], default='bidirectional',
+                   help='what is trained')
     g.add_argument('--history', choices=list(SETTINGS)[1:],
                    help='of the causal student, and only there (default: self-forcing)')
-    g.add_argument('--init', metavar='FILE', help='weights that the student starts from (default: --model)')
+    g.add_argument('--init', metavar='FILE',
+                   help='weights that the student starts from (default: --model)')
     g.add_argument('--chunk', type=whole(1),
                    help='latent frames per chunk; 1 is frame-wise (default: as --init, else 3)')
     g.add_argument('--data', default='runs/trajectories', metavar='FOLDER',
                    help='ODE trajectories, for the histories that need data')
     g.add_argument('--rollout-frames', type=FRAMES, metavar='N',
-                   help='self-forcing: roll out this many video frames, and train the last --frames of them')
+                   help='self-forcing: roll out this many video frames, and train the last '
+                        '--frames of them')
     g = p.add_argument_group('distribution matching')
-    g.add_argument('--teacher', help='the Wan model of the real score, e.g. the 14B one (default: --model)')
+    g.add_argument('--teacher',
+                   help='the Wan model of the real score, e.g. the 14B one (default: --model)')
     g.add_argument('--shift', type=number(above=0),
                    help='timestep shift of the scores, and of the student unless --init says')
-    g.add_argument('--guidance', type=number(), help='of the real score, usual formula; 1 is off')
-    g.add_argument('--negative', default=NEGATIVE_PROMPT, help='negative prompt of the real score')
+    g.add_argument('--guidance', type=number(),
+                   help='of the real score, usual formula; 1 is off')
+    g.add_argument('--negative', default=NEGATIVE_PROMPT,
+                   help='negative prompt of the real score')
     g.add_argument('--ratio', type=whole(1), help='critic updates per generator update')
     g.add_argument('--critic-lr', type=number(0), help='learning rate of the critic')
     g.add_argument('--chunk-weight-shift', type=number(),
                    help='loss weights: -1 later chunks more, 1 earlier ones, 0 all alike')
-    g.add_argument('--reward-weight', type=number(), default=0.0, help='of an ImageReward of the last frame; 0: none')
-    g.add_argument('--reward-model', default='THUDM/ImageReward', help='ImageReward\'s folder or hub repository')
+    g.add_argument('--reward-weight', type=number(), default=0.0,
+                   help='of an ImageReward of the last frame; 0: none')
+    g.add_argument('--reward-model', default='THUDM/ImageReward',
+                   help='ImageReward\'s folder or hub repository')
     asked = parse_known(p, argv)
     if asked.history and asked.student == 'bidirectional':
         raise InputError(f'--history {asked.history} needs --student causal')
-    history = (asked.history or 'self-forcing') if asked.student == 'causal' else 'bidirectional'
+    history = (asked.history or
+               'self-forcing') if asked.student == 'causal' else 'bidirectional'
     p.set_defaults(**SETTINGS[history])
     args = parse_stage(p, f'distill_dmd {asked.student}', argv)
     args.history = history
     if history not in WITH_DATA and args.data != p.get_default('data'):
-        raise InputError(f'--data {args.data} has no effect: history {history} trains on the student\'s own rollouts')
+        raise InputError(f'--data {args.data} has no effect: history {history} trains on the '
+                         'student\'s own rollouts')
     if args.student == 'bidirectional' and args.chunk:
-        raise InputError(f'--chunk {args.chunk} needs --student causal: a bidirectional one makes all frames at once')
+        raise InputError(f'--chunk {args.chunk} needs --student causal: a bidirectional one '
+                         'makes all frames at once')
     if not args.reward_weight:
         refuse_unused(p, args, 'no --reward-weight is given', 'reward_model')
     if args.guidance == 1:
         refuse_unused(p, args, '--guidance 1 needs none', 'negative')
     if args.student == 'causal' and not args.init:
-        raise InputError('no --init: a causal student starts from a causal few-step one, such as the result of '
-                         'ode_init.py train')
-    if args.rollout_frames and (args.history != 'self-forcing' or args.rollout_frames < args.frames):
-        raise InputError(f'--rollout-frames {args.rollout_frames} needs --history self-forcing, and must be at '
-                         f'least --frames {args.frames}')
+        raise InputError('no --init: a causal student starts from a causal few-step one, such '
+                         'as the result of ode_init.py train')
+    if args.rollout_frames and (args.history != 'self-forcing' or
+                                args.rollout_frames < args.frames):
+        raise InputError(f'--rollout-frames {args.rollout_frames} needs --history '
+                         f'self-forcing, and must be at least --frames {args.frames}')
     return args
 
 
@@ -267,7 +306,8 @@ def train(args, process):
 
     # --- models
     folder = find_folder(args.model)
-    text, vae = load_text_encoder(folder, dtype, device, args.offload_text), load_vae(folder, dtype, device)
+    text, vae = load_text_encoder(folder, dtype, device,
+                                  args.offload_text), load_vae(folder, dtype, device)
     say_cut(process, prompts, text, 'the text encoder')
     vae.decoder.checkpointing = args.checkpointing
     reward = None
@@ -276,8 +316,10 @@ def train(args, process):
         say_cut(process, prompts, judge, 'ImageReward')
         reward = frame_reward(judge)
     net, steps, chunk, shift = load_generator(folder, args.init, args.student, args.shift)
-    net, critic_net = (trainable(model, args, device, dtype) for model in (net, load_dit(folder)))
-    teacher = load_dit(args.teacher or folder, dtype, device).eval().requires_grad_(False)  # frozen
+    net, critic_net = (trainable(model, args, device, dtype)
+                       for model in (net, load_dit(folder)))
+    # frozen
+    teacher = load_dit(args.teacher or folder, dtype, device).eval().requires_grad_(False)
     generator, critic = process.wrap(net), process.wrap(critic_net)
     negative = text([args.negative] * args.batch).float()
 
@@ -287,12 +329,14 @@ def train(args, process):
     rolled = latent_frames(args.rollout_frames or args.frames)
     chunks = chunk_sizes(rolled, chunk)
     if (rolled - F) % chunk:
-        raise InputError(f'--rollout-frames {args.rollout_frames} is not --frames {args.frames} and whole chunks of '
-                         f'{4 * chunk} frames: take {args.frames + 4 * ((rolled - F) // chunk + 1) * chunk}')
+        raise InputError(f'--rollout-frames {args.rollout_frames} is not --frames '
+                         f'{args.frames} and whole chunks of {4 * chunk} frames: take '
+                         f'{args.frames + 4 * ((rolled - F) // chunk + 1) * chunk}')
     weights = chunk_weights(chunk_sizes(F, chunk), args.chunk_weight_shift).to(device)
     data = Trajectories(args.data) if args.history in WITH_DATA else None
     if data:
-        args.trajectories = len(data)  # a run is not resumed with more of them, which would change their order
+        # a run is not resumed with more of them, which would change their order
+        args.trajectories = len(data)
         if (held := tuple(data[0][0].shape[1:])) != shape:
             raise InputError(f'{args.data} holds latents {held}, but the flags ask for {shape}')
     how = f'history {args.history}, chunks of {counted(chunk, "latent frame")}' if causal else 'all frames at once'
@@ -300,13 +344,15 @@ def train(args, process):
 
     # --- optimizers
     ema = EMA(net, args.ema, args.ema_start)
-    optimizer, critic_optimizer = (torch.optim.AdamW(model.parameters(), lr=lr, betas=(args.beta1, 0.999),
+    optimizer, critic_optimizer = (torch.optim.AdamW(model.parameters(), lr=lr,
+                                                     betas=(args.beta1, 0.999),
                                                      weight_decay=args.weight_decay, fused=True)
-                                   for model, lr in ((net, args.lr), (critic_net, args.critic_lr)))
+                                   for model, lr in ((net, args.lr), (critic_net,
+                                                                      args.critic_lr)))
     then = ['generate.py "PROMPT" --checkpoint', 'cm_grpo.py --init'] if causal else \
         ['generate.py "PROMPT" --bidirectional --checkpoint', 'ode_init.py train --init']
-    run = Run('distill_dmd', args, process, then, generator=net, critic=critic_net, ema=ema, optimizer=optimizer,
-              critic_optimizer=critic_optimizer)
+    run = Run('distill_dmd', args, process, then, generator=net, critic=critic_net, ema=ema,
+              optimizer=optimizer, critic_optimizer=critic_optimizer)
 
     def sample():
         with ema.swapped_in(net):
@@ -322,7 +368,8 @@ def train(args, process):
             clean = torch.stack([s[-1] for s in states]).to(device)
         else:
             captions = [shuffled(prompts, n, args.seed) for n in numbers]
-        exit_step = random.Random(f'{args.seed} {update}').randrange(len(steps))  # the same on all ranks
+        # the same on all ranks
+        exit_step = random.Random(f'{args.seed} {update}').randrange(len(steps))
         noise = gaussian((args.batch, C, rolled, H, W), generators, device)
         return Batch(list(captions), text(list(captions)).float(), generators, exit_step, noise,
                      clean)
@@ -332,23 +379,28 @@ def train(args, process):
         sample()  # what it starts from
     for step in run.steps():
         update = step * (args.ratio + 1)
-        for update in range(update, update + args.ratio):  # the critic follows the student's distribution
+        # the critic follows the student's distribution
+        for update in range(update, update + args.ratio):
             critic_loss, batches = 0, []
             for micro in range(args.accum):
                 b = draw(update, micro)
                 batches.append(b)
                 if args.history == 'raven':
-                    b.states, b.endpoints = recorded_rollout(generator, b.noise, b.context, steps, chunks, b.generators)
+                    b.states, b.endpoints = recorded_rollout(generator, b.noise, b.context,
+                                                             steps, chunks, b.generators)
                     x0 = b.endpoints
                 else:
                     with torch.no_grad():  # the critic's loss does not train the generator
-                        x0 = last_window(student_sample(args.history, generator, b, steps, chunks), F, vae)
+                        x0 = last_window(
+                            student_sample(args.history, generator, b, steps, chunks), F, vae)
                 t = score_timestep(b.generators, args.shift, device)
                 with process.sync(critic, micro == args.accum - 1):
-                    loss = flow_loss(critic, x0, t, b.context, gaussian(x0.shape, b.generators, device)) / args.accum
+                    loss = flow_loss(critic, x0, t, b.context,
+                                     gaussian(x0.shape, b.generators, device)) / args.accum
                     loss.backward()
                 critic_loss += loss.item()
-            critic_norm = torch.nn.utils.clip_grad_norm_(critic_net.parameters(), args.grad_clip)
+            critic_norm = torch.nn.utils.clip_grad_norm_(critic_net.parameters(),
+                                                         args.grad_clip)
             run.check(critic_loss=critic_loss, critic_norm=critic_norm)
             critic_optimizer.step()
             process.forget_gradients(critic_optimizer)
@@ -358,19 +410,25 @@ def train(args, process):
             # RAVEN trains on the rollout that the critic has just seen; the others on a new one
             b = batches[micro] if args.history == 'raven' else draw(update + 1, micro)
             with process.sync(generator, micro == args.accum - 1):
-                x0 = student_sample(args.history, generator, b, steps, chunks, grad_from=rolled - F)
+                x0 = student_sample(args.history, generator, b, steps, chunks,
+                                    grad_from=rolled - F)
                 x0 = last_window(x0, F, vae)
-                direction = compare_scores(x0.detach(), teacher, critic_net, b.context, negative, args.guidance,
-                                           args.shift, b.generators)
+                direction = compare_scores(x0.detach(), teacher, critic_net, b.context,
+                                           negative, args.guidance, args.shift, b.generators)
                 score = torch.zeros(1, device=device)
                 if reward:
-                    score, gradient = reward_and_gradient(reward, vae, x0.detach(), b.prompts, args.frames - 1)
+                    score, gradient = reward_and_gradient(reward, vae, x0.detach(), b.prompts,
+                                                          args.frames - 1)
                     direction = with_reward(direction, gradient, args.reward_weight)
                 (dmd_loss(x0, direction, weights) / args.accum).backward()
-            sums += torch.stack([direction.abs().mean(), latent_motion(x0.detach()), score.mean()]) / args.accum
+            sums += torch.stack(
+                [direction.abs().mean(),
+                 latent_motion(x0.detach()),
+                 score.mean()]) / args.accum
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip)
-        metrics = run.check(critic_loss=critic_loss, dmd=sums[0], grad_norm=norm, critic_norm=critic_norm,
-                            motion=sums[1], **({'reward': sums[2]} if reward else {}))
+        metrics = run.check(critic_loss=critic_loss, dmd=sums[0], grad_norm=norm,
+                            critic_norm=critic_norm, motion=sums[1],
+                            **({'reward': sums[2]} if reward else {}))
         optimizer.step()
         process.forget_gradients(optimizer)
         ema.update(net, step)
@@ -380,8 +438,8 @@ def train(args, process):
             metrics |= sample()
         run.report(**metrics)
         if run.due(args.save_every):
-            run.save(ema.average, steps, kind=args.student, history=args.history, chunk=chunk, shift=shift,
-                     config=net.config)
+            run.save(ema.average, steps, kind=args.student, history=args.history, chunk=chunk,
+                     shift=shift, config=net.config)
 
 
 if __name__ == '__main__':

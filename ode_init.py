@@ -28,13 +28,15 @@ import shutil
 import sys
 from pathlib import Path
 
-from wan_causal import (EMA, FRAMES, NEGATIVE_PROMPT, PIXELS, SEED, InputError, Parser, Run, Trajectories,
-                        block_causal, check_writable, chunk_sizes, claim_folder, compute_dtype, counted, draw_per_chunk,
-                        find_folder, format_steps, gaussian, guided_velocity, latent_motion, latent_shape, load_dit, load_generator, load_text_encoder,
-                        load_vae, machine_flags, number, parse_stage, processes, read_prompts,
-                        refuse_unused, replace_file, run_script, sample_generators, sample_numbers, say_cut,
-                        set_threads, shift_sigma, shuffled, tiny_model, trainable, training_flags, warped_steps, whole,
-                        write_tensors, x0_from_v)
+from wan_causal import (EMA, FRAMES, NEGATIVE_PROMPT, PIXELS, SEED, InputError, Parser, Run,
+                        Trajectories, block_causal, check_writable, chunk_sizes, claim_folder,
+                        compute_dtype, counted, draw_per_chunk, find_folder, format_steps,
+                        gaussian, guided_velocity, latent_motion, latent_shape, load_dit,
+                        load_generator, load_text_encoder, load_vae, machine_flags, number,
+                        parse_stage, processes, read_prompts, refuse_unused, replace_file,
+                        run_script, sample_generators, sample_numbers, say_cut, set_threads,
+                        shift_sigma, shuffled, tiny_model, trainable, training_flags,
+                        warped_steps, whole, write_tensors, x0_from_v)
 
 import torch
 from tqdm import tqdm
@@ -44,21 +46,26 @@ from tqdm import tqdm
 # The solver's grid and the loss
 
 def solver_grid(timesteps, shift, count):
-    """Noise levels from 1 to 0 in about `count` Euler steps that contain `timesteps` exactly: (sigmas, indices).
+    """Noise levels from 1 to 0 in about `count` Euler steps that contain `timesteps` exactly:
+    (sigmas, indices).
 
-    Even in the unshifted sigma between two timesteps. timesteps fall from 1000; indices: where they are in `sigmas`.
+    Even in the unshifted sigma between two timesteps. timesteps fall from 1000; indices: where
+    they are in `sigmas`.
     """
-    edges = [shift_sigma(t / 1000, 1 / shift) for t in timesteps] + [0.0]  # 1 / shift undoes the shift
+    # 1 / shift undoes the shift
+    edges = [shift_sigma(t / 1000, 1 / shift) for t in timesteps] + [0.0]
     sigmas, indices = [], []
     for t, high, low in zip(timesteps, edges, edges[1:]):
         indices.append(len(sigmas))
         n = max(1, round(count * (high - low)))
-        sigmas += [t / 1000] + [shift_sigma(high + (low - high) * i / n, shift) for i in range(1, n)]
+        sigmas += [t / 1000
+                   ] + [shift_sigma(high + (low - high) * i / n, shift) for i in range(1, n)]
     return sigmas + [0.0], indices + [len(sigmas)]
 
 
 def euler_trajectory(model, noise, context, negative, sigmas, guidance):
-    """Solve dx/dsigma = v(x, sigma) from noise (B, C, F, H, W) by Euler steps; yield x at each of `sigmas`.
+    """Solve dx/dsigma = v(x, sigma) from noise (B, C, F, H, W) by Euler steps; yield x at each
+    of `sigmas`.
 
     context, negative (B, L', text_dim); sigmas fall from 1 to 0.
     """
@@ -71,7 +78,8 @@ def euler_trajectory(model, noise, context, negative, sigmas, guidance):
 
 
 def pick_states(trajectory, index):
-    """trajectory (B, K + 1, C, F, H, W), index (B, F): which state each frame takes -> (B, C, F, H, W)."""
+    """trajectory (B, K + 1, C, F, H, W), index (B, F): which state each frame takes -> (B, C,
+    F, H, W)."""
     B, _, C, F, H, W = trajectory.shape
     index = index.view(B, 1, 1, F, 1, 1).expand(B, 1, C, F, H, W)
     return trajectory.gather(1, index).squeeze(1)
@@ -80,7 +88,8 @@ def pick_states(trajectory, index):
 def regression_loss(x0, clean, t):
     """Mean squared error over the frames with t > 0, per sample, then over samples.
 
-    x0, clean (B, C, F, H, W), t (B, F). CausVid eq. 6. A clean frame (t = 0) is input, and has nothing to be learned.
+    x0, clean (B, C, F, H, W), t (B, F). CausVid eq. 6. A clean frame (t = 0) is input, and has
+    nothing to be learned.
     """
     noisy = (t > 0).float()  # (B, F)
     error = (x0 - clean).square().mean(dim=(1, 3, 4))  # (B, F)
@@ -93,7 +102,8 @@ def megabytes(count):
 
 
 def shard_path(folder, first):
-    """The file of the trajectories first, first + 1, ...: a fixed range of numbers, written whole or not at all."""
+    """The file of the trajectories first, first + 1, ...: a fixed range of numbers, written
+    whole or not at all."""
     return Path(folder) / f'trajectories_{first:06d}.safetensors'
 
 
@@ -101,23 +111,32 @@ def shard_path(folder, first):
 
 def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    p = Parser(description='ODE trajectories of the teacher (sample), and their regression (train).')
-    p.add_argument('verb', choices=['sample', 'train'], help='what to do; `ode_init.py VERB --help` shows its flags')
+    p = Parser(description='ODE trajectories of the teacher (sample), and their regression '
+                           '(train).')
+    p.add_argument('verb', choices=['sample', 'train'],
+                   help='what to do; `ode_init.py VERB --help` shows its flags')
     verb = argv[0] if argv else None
     if verb not in ('sample', 'train'):
         p.parse_args(argv)  # --help, or an error
     if verb == 'train':
         training_flags(p, out='runs/ode', steps=3000, beta1=0.9, accum=16)
         g = p.add_argument_group('regression')
-        g.add_argument('--data', default='runs/trajectories', metavar='FOLDER', help='what `sample` wrote')
-        g.add_argument('--init', metavar='FILE', help='few-step student to start from (default: --model)')
-        g.add_argument('--chunk', type=whole(1), default=3, help='latent frames per chunk; 1 is frame-wise')
+        g.add_argument('--data', default='runs/trajectories', metavar='FOLDER',
+                       help='what `sample` wrote')
+        g.add_argument('--init', metavar='FILE',
+                       help='few-step student to start from (default: --model)')
+        g.add_argument('--chunk', type=whole(1), default=3,
+                       help='latent frames per chunk; 1 is frame-wise')
     else:
-        p.add_argument('--model', default=tiny_model(), help='the teacher: a folder or hub repository')
-        p.add_argument('--prompts', default='gdhe17/Self-Forcing:vidprom_filtered_extended.txt', metavar='FILE',
-                       help='one per line, a file or repository:path on the hub; --count of them are drawn')
+        p.add_argument('--model', default=tiny_model(),
+                       help='the teacher: a folder or hub repository')
+        p.add_argument('--prompts', default='gdhe17/Self-Forcing:vidprom_filtered_extended.txt',
+                       metavar='FILE',
+                       help='one per line, a file or repository:path on the hub; --count of '
+                            'them are drawn')
         p.add_argument('--held-out', metavar='FILE',
-                       help='prompts that no stage trains on (default: the last 4 of --prompts)')
+                       help='prompts that no stage trains on (default: the last 4 of '
+                            '--prompts)')
         p.add_argument('--count', type=whole(1), default=1400, help='trajectories')
         p.add_argument('--frames', type=FRAMES, default=81, help='video frames, 1 + 4k')
         p.add_argument('--height', type=PIXELS, default=480, help='pixels, a multiple of 16')
@@ -125,7 +144,8 @@ def parse_args(argv=None):
         p.add_argument('--steps', type=whole(1), default=48, help='Euler steps')
         p.add_argument('--shift', type=number(above=0), default=5.0,
                        help='timestep shift, which must be the student\'s')
-        p.add_argument('--guidance', type=number(), default=6.0, help='classifier-free guidance, 1 is off')
+        p.add_argument('--guidance', type=number(), default=6.0,
+                       help='classifier-free guidance, 1 is off')
         p.add_argument('--negative', default=NEGATIVE_PROMPT, help='negative prompt')
         p.add_argument('--batch', type=whole(1), default=1, help='trajectories solved at once')
         p.add_argument('--shard', type=whole(1), default=8, help='trajectories per file')
@@ -148,13 +168,17 @@ def sample(args, process):
     sigmas, kept = solver_grid(timesteps, args.shift, args.steps)
     prompts, _ = read_prompts(args)
     folder = find_folder(args.model)
-    settings = {key: getattr(args, key) for key in ('model', 'prompts', 'count', 'frames', 'height', 'width', 'steps',
-                                                    'shift', 'guidance', 'negative', 'shard', 'seed')}
+    settings = {
+        key: getattr(args, key)
+        for key in ('model', 'prompts', 'count', 'frames', 'height', 'width', 'steps', 'shift',
+                    'guidance', 'negative', 'shard', 'seed')
+    }
     settings['timesteps'] = timesteps
-    if any(out.glob('trajectories_*.safetensors')) and (old := Trajectories(out).settings) != settings:
+    if any(out.glob('trajectories_*.safetensors')) and (old :=
+                                                        Trajectories(out).settings) != settings:
         key = next(key for key in settings if old.get(key) != settings[key])
-        raise InputError(f'{out} holds trajectories with {key} = {old.get(key)}, not {settings[key]}: '
-                         'give the same flags to go on, or another --out')
+        raise InputError(f'{out} holds trajectories with {key} = {old.get(key)}, not '
+                         f'{settings[key]}: give the same flags to go on, or another --out')
 
     # --- models
     model = load_dit(folder, dtype, device).eval()
@@ -165,39 +189,49 @@ def sample(args, process):
     negative = text([args.negative])
 
     # --- what is to be done
-    shards = [range(first, min(first + args.shard, args.count)) for first in range(0, args.count, args.shard)]
+    shards = [
+        range(first, min(first + args.shard, args.count))
+        for first in range(0, args.count, args.shard)
+    ]
     missing = [shard for shard in shards if not shard_path(out, shard[0]).exists()]
     each = 2 * len(kept) * torch.Size(shape).numel()  # bytes, float16
     need = each * sum(map(len, missing))
-    process.print(f'timesteps {format_steps(timesteps)} and 0, out of {len(sigmas) - 1} Euler steps at guidance '
-                  f'{args.guidance}\n{args.count} trajectories of {megabytes(each)}: {megabytes(args.count * each)} '
-                  f'on disk in all; {sum(map(len, missing))} to be made, {megabytes(need)}')
+    process.print(f'timesteps {format_steps(timesteps)} and 0, out of {len(sigmas) - 1} Euler '
+                  f'steps at guidance {args.guidance}\n{args.count} trajectories of '
+                  f'{megabytes(each)}: {megabytes(args.count * each)} on disk in all; '
+                  f'{sum(map(len, missing))} to be made, {megabytes(need)}')
     check_writable(out)
     if need > shutil.disk_usage(out).free:
-        raise InputError(f'{out} has {megabytes(shutil.disk_usage(out).free)} free, but {megabytes(need)} are '
-                         'needed: take fewer with --count, or another --out')
+        raise InputError(f'{out} has {megabytes(shutil.disk_usage(out).free)} free, but '
+                         f'{megabytes(need)} are needed: take fewer with --count, or another '
+                         '--out')
     process.barrier()
 
     # --- loop
     mine = missing[process.rank::process.world]
-    bar = tqdm(total=sum(map(len, mine)), desc='trajectories', unit='', disable=process.quiet, mininterval=1)
+    bar = tqdm(total=sum(map(len, mine)), desc='trajectories', unit='', disable=process.quiet,
+               mininterval=1)
     for shard in mine:
         done = []
         for first in range(shard[0], shard[-1] + 1, args.batch):
             numbers = range(first, min(first + args.batch, shard[-1] + 1))
-            generators = sample_generators(args, numbers, device)  # of the trajectory's number, not of the rank's turn
+            # of the trajectory's number, not of the rank's turn
+            generators = sample_generators(args, numbers, device)
             noise = gaussian((len(numbers), *shape), generators, device)
             context = text([shuffled(prompts, n, args.seed) for n in numbers])
-            states = euler_trajectory(model, noise, context, negative.expand_as(context), sigmas, args.guidance)
-            done.append(torch.stack([x for i, x in enumerate(states) if i in kept], dim=1))  # (B, K + 1, C, F, H, W)
+            states = euler_trajectory(model, noise, context, negative.expand_as(context),
+                                      sigmas, args.guidance)
+            # (B, K + 1, C, F, H, W)
+            done.append(torch.stack([x for i, x in enumerate(states) if i in kept], dim=1))
             bar.update(len(numbers))
         trajectory = torch.cat(done).half().cpu()
         if not trajectory.isfinite().all():
-            raise InputError(f'trajectories {shard[0]} to {shard[-1]} are not finite: lower --guidance, or use '
-                             '--dtype float32')
+            raise InputError(f'trajectories {shard[0]} to {shard[-1]} are not finite: lower '
+                             '--guidance, or use --dtype float32')
         if process.quiet:  # no bar in a log file
             process.print(f'trajectories {shard[0]} to {shard[-1]} of {args.count}')
-        save_shard(shard_path(out, shard[0]), trajectory, [shuffled(prompts, n, args.seed) for n in shard], settings)
+        save_shard(shard_path(out, shard[0]), trajectory,
+                   [shuffled(prompts, n, args.seed) for n in shard], settings)
     bar.close()
     process.barrier()
     process.print(f'{out}: {len(Trajectories(out))} trajectories')
@@ -206,7 +240,8 @@ def sample(args, process):
 def save_shard(path, trajectory, prompts, settings):
     """One shard, whole or not at all."""
     metadata = {'prompts': json.dumps(prompts), 'settings': json.dumps(settings)}
-    replace_file(path, lambda temporary: write_tensors(temporary, {'trajectory': trajectory}, metadata))
+    replace_file(
+        path, lambda temporary: write_tensors(temporary, {'trajectory': trajectory}, metadata))
 
 
 def train(args, process):
@@ -217,24 +252,30 @@ def train(args, process):
     dtype = compute_dtype(args, device)
     data = Trajectories(args.data)
     timesteps, shift = data.settings['timesteps'], data.settings['shift']
-    args.frames, args.height, args.width = (data.settings[key] for key in ('frames', 'height', 'width'))
-    args.trajectories = len(data)  # a run is not resumed with more of them, which would change their order
+    args.frames, args.height, args.width = (data.settings[key]
+                                            for key in ('frames', 'height', 'width'))
+    # a run is not resumed with more of them, which would change their order
+    args.trajectories = len(data)
     _, held_out = read_prompts(args)
-    process.print(f'timesteps {format_steps(timesteps)}; chunks of {counted(args.chunk, "latent frame")}; {len(data)} of '
-                  f'{data.settings["count"]} trajectories, of {args.frames} frames at {args.width}x{args.height}')
+    process.print(f'timesteps {format_steps(timesteps)}; chunks of '
+                  f'{counted(args.chunk, "latent frame")}; {len(data)} of '
+                  f'{data.settings["count"]} trajectories, of {args.frames} frames at '
+                  f'{args.width}x{args.height}')
 
     # --- models
     folder = find_folder(args.model)
-    text, vae = load_text_encoder(folder, dtype, device, args.offload_text), load_vae(folder, dtype, device)
+    text, vae = load_text_encoder(folder, dtype, device,
+                                  args.offload_text), load_vae(folder, dtype, device)
     net, steps, *_ = load_generator(folder, args.init, 'bidirectional', shift)
     if format_steps(steps) != format_steps(timesteps):
-        raise InputError(f'{args.init} samples at {format_steps(steps)}, but {args.data} holds states at '
-                         f'{format_steps(timesteps)}: sample trajectories at the student\'s --shift')
+        raise InputError(f'{args.init} samples at {format_steps(steps)}, but {args.data} holds '
+                         f'states at {format_steps(timesteps)}: sample trajectories at the '
+                         'student\'s --shift')
     generator = process.wrap(trainable(net, args, device, dtype))
     shape = latent_shape(args, net.config)
     if (held := tuple(data[0][0].shape[1:])) != shape:
-        raise InputError(f'{args.data} holds latents {held}, but those of {args.frames} frames at '
-                         f'{args.width}x{args.height} are {shape}')
+        raise InputError(f'{args.data} holds latents {held}, but those of {args.frames} frames '
+                         f'at {args.width}x{args.height} are {shape}')
     chunks = chunk_sizes(shape[1], args.chunk)
     layout = block_causal(chunks)
     levels = torch.tensor([*timesteps, 0.0], device=device)
@@ -243,8 +284,9 @@ def train(args, process):
     ema = EMA(net, args.ema, args.ema_start)
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(args.beta1, 0.999),
                                   weight_decay=args.weight_decay, fused=True)
-    run = Run('ode_init', args, process, ['generate.py "PROMPT" --checkpoint', 'reward_forcing.py --init'],
-              generator=net, ema=ema, optimizer=optimizer)
+    run = Run('ode_init', args, process,
+              ['generate.py "PROMPT" --checkpoint', 'reward_forcing.py --init'], generator=net,
+              ema=ema, optimizer=optimizer)
 
     def sample():
         with ema.swapped_in(net):
@@ -258,8 +300,11 @@ def train(args, process):
         for micro in range(args.accum):
             numbers = sample_numbers(args, process, step, micro)
             trajectory, prompts = zip(*(shuffled(data, n, args.seed) for n in numbers))
-            trajectory, context = torch.stack(trajectory).to(device), text(list(prompts)).float()
-            index = draw_per_chunk(len(levels), chunks, sample_generators(args, numbers), device)  # (B, F)
+            trajectory, context = torch.stack(trajectory).to(device), text(
+                list(prompts)).float()
+            # (B, F)
+            index = draw_per_chunk(len(levels), chunks, sample_generators(args, numbers),
+                                   device)
             x_t, t = pick_states(trajectory, index), levels[index]
             with process.sync(generator, micro == args.accum - 1):
                 x0 = x0_from_v(x_t, generator(x_t, t, context, layout), t)
@@ -278,7 +323,8 @@ def train(args, process):
             metrics |= sample()
         run.report(**metrics)
         if run.due(args.save_every):
-            run.save(ema.average, timesteps, kind='causal', chunk=args.chunk, shift=shift, config=net.config)
+            run.save(ema.average, timesteps, kind='causal', chunk=args.chunk, shift=shift,
+                     config=net.config)
 
 
 def main():

@@ -26,11 +26,13 @@ A reward of your own, any callable (video (B, 3, T, H, W) in [-1, 1], prompts) -
 """
 import random
 
-from wan_causal import (EMA, InputError, Parser, Run, block_causal, checked_reward, chunk_sizes, claim_folder, compute_dtype, counted,
-                        find_folder, format_steps, frame_reward, gaussian, latent_frame, latent_motion, latent_shape,
-                        load_function, load_generator, load_image_reward, load_text_encoder, load_vae, parse_stage,
-                        processes, read_prompts, refuse_unused, rewarded_video, rollout, run_script,
-                        sample_generators, sample_numbers, say_cut, shuffled, trainable, training_flags, whole)
+from wan_causal import (EMA, InputError, Parser, Run, block_causal, checked_reward, chunk_sizes,
+                        claim_folder, compute_dtype, counted, find_folder, format_steps,
+                        frame_reward, gaussian, latent_frame, latent_motion, latent_shape,
+                        load_function, load_generator, load_image_reward, load_text_encoder,
+                        load_vae, parse_stage, processes, read_prompts, refuse_unused,
+                        rewarded_video, rollout, run_script, sample_generators, sample_numbers,
+                        say_cut, shuffled, trainable, training_flags, whole)
 
 import torch
 
@@ -53,8 +55,11 @@ def past(text):
 
 
 def rewarded_frames(mode, frames, random):
-    """Which of a video's frames are rewarded: 'last', 'random' (one of them) or 'all'. Paper 3.2 and 5.2."""
-    return {'last': [frames - 1], 'random': [random.randrange(frames)], 'all': list(range(frames))}[mode]
+    """Which of a video's frames are rewarded: 'last', 'random' (one of them) or 'all'. Paper
+    3.2 and 5.2."""
+    return {
+        'last': [frames - 1], 'random': [random.randrange(frames)], 'all': list(range(frames))
+    }[mode]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -65,20 +70,23 @@ def parse_args(argv=None):
     g = p.add_argument_group('reward forcing')
     g.add_argument('--init', metavar='FILE', help='causal few-step generator to start from')
     g.add_argument('--reward', default='imagereward', help='imagereward, or module:function')
-    g.add_argument('--reward-model', default='THUDM/ImageReward', help='ImageReward\'s folder or hub repository')
-    g.add_argument('--reward-frames', choices=['last', 'random', 'all'], default='last', help='which frames it sees')
+    g.add_argument('--reward-model', default='THUDM/ImageReward',
+                   help='ImageReward\'s folder or hub repository')
+    g.add_argument('--reward-frames', choices=['last', 'random', 'all'], default='last',
+                   help='which frames it sees')
     g.add_argument('--reward-past', type=past, default=2, metavar='N',
-                   help='through how many latent frames before a rewarded one the gradient goes on in the decoder\'s '
-                        'memory; all: exact')
+                   help='through how many latent frames before a rewarded one the gradient '
+                        'goes on in the decoder\'s memory; all: exact')
     g.add_argument('--exit-step', choices=['random', 'last'], default='random',
                    help='the denoising step whose prediction is rewarded, shared by all chunks')
-    g.add_argument('--chunk', type=whole(1), help='latent frames per chunk; 1 is frame-wise (default: as --init)')
+    g.add_argument('--chunk', type=whole(1),
+                   help='latent frames per chunk; 1 is frame-wise (default: as --init)')
     args = parse_stage(p, 'reward_forcing', argv)
     if args.reward != 'imagereward':
         refuse_unused(p, args, f'the reward is {args.reward}', 'reward_model')
     if not args.init:
-        raise InputError('no --init: reward forcing starts from a causal few-step generator, such as the result of '
-                         'ode_init.py train')
+        raise InputError('no --init: reward forcing starts from a causal few-step generator, '
+                         'such as the result of ode_init.py train')
     return args
 
 
@@ -97,7 +105,8 @@ def train(args, process):
 
     # --- models
     folder = find_folder(args.model)
-    text, vae = load_text_encoder(folder, dtype, device, args.offload_text), load_vae(folder, dtype, device)
+    text, vae = load_text_encoder(folder, dtype, device,
+                                  args.offload_text), load_vae(folder, dtype, device)
     say_cut(process, prompts, text, 'the text encoder')
     reward = load_reward(args, process, prompts)
     vae.decoder.checkpointing = args.checkpointing
@@ -107,15 +116,17 @@ def train(args, process):
     shape = latent_shape(args, net.config)
     chunks = chunk_sizes(shape[1], chunk)
     layout = block_causal(chunks)
-    process.print(f'timesteps {format_steps(steps)}; chunks of {counted(chunk, "latent frame")}; reward: {args.reward} of '
+    process.print(f'timesteps {format_steps(steps)}; chunks of '
+                  f'{counted(chunk, "latent frame")}; reward: {args.reward} of '
                   f'{args.reward_frames} frame{"s" * (args.reward_frames == "all")}')
 
     # --- optimizer
     ema = EMA(net, args.ema, args.ema_start)
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(args.beta1, 0.999),
                                   weight_decay=args.weight_decay, fused=True)
-    run = Run('reward_forcing', args, process, ['generate.py "PROMPT" --checkpoint', 'cm_grpo.py --init'],
-              generator=net, ema=ema, optimizer=optimizer)
+    run = Run('reward_forcing', args, process,
+              ['generate.py "PROMPT" --checkpoint', 'cm_grpo.py --init'], generator=net,
+              ema=ema, optimizer=optimizer)
 
     def sample():
         with ema.swapped_in(net):
@@ -129,40 +140,52 @@ def train(args, process):
         sample()  # what it starts from
     for step in run.steps():
         steer = random.Random(f'{args.seed} {step}')  # the same on all ranks
-        exit_step = steer.randrange(len(steps)) if args.exit_step == 'random' else len(steps) - 1
+        exit_step = steer.randrange(
+            len(steps)) if args.exit_step == 'random' else len(steps) - 1
         frames = rewarded_frames(args.reward_frames, args.frames, steer)
-        rolled = chunks[:layout.chunk[latent_frame(frames[-1])] + 1]  # nothing after the last rewarded one is needed
-        reached = 0 if args.reward_past is None else max(0, latent_frame(frames[0]) - args.reward_past)
-        grad_from = layout.chunk.index(layout.chunk[reached])  # the first latent frame of the first chunk reached
+        # nothing after the last rewarded one is needed
+        rolled = chunks[:layout.chunk[latent_frame(frames[-1])] + 1]
+        reached = 0 if args.reward_past is None else max(
+            0,
+            latent_frame(frames[0]) - args.reward_past)
+        # the first latent frame of the first chunk reached
+        grad_from = layout.chunk.index(layout.chunk[reached])
         rewards, motion = [], 0
         for micro in range(args.accum):
             numbers = sample_numbers(args, process, step, micro)
             captions = [shuffled(prompts, n, args.seed) for n in numbers]
             generators = sample_generators(args, numbers, device)
-            context, noise = text(captions).float(), gaussian((args.batch, *shape), generators, device)
+            context, noise = text(captions).float(), gaussian((args.batch, *shape), generators,
+                                                              device)
             with process.sync(generator, micro == args.accum - 1):
-                parts = rollout(generator, noise[:, :, :sum(rolled)], context, steps, rolled, exit_step=exit_step,
-                                grad_from=grad_from, generator=generators)
+                parts = rollout(generator, noise[:, :, :sum(rolled)], context, steps, rolled,
+                                exit_step=exit_step, grad_from=grad_from, generator=generators)
                 x0 = torch.cat([part.x0 for part in parts], dim=2)  # (B, C, F, H, W)
-                r = checked_reward(reward, rewarded_video(vae, x0, frames, args.reward_past), captions)  # (B,)
+                # (B,)
+                r = checked_reward(reward, rewarded_video(vae, x0, frames, args.reward_past),
+                                   captions)
                 (-r.mean() / args.accum).backward()
             rewards.append(r.detach())
             motion += latent_motion(x0.detach()).item() / args.accum
         rewards = torch.cat(rewards)
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip)
-        metrics = run.check(reward=rewards.mean(), square=rewards.square().mean(), motion=motion, grad_norm=norm)
+        metrics = run.check(reward=rewards.mean(), square=rewards.square().mean(),
+                            motion=motion, grad_norm=norm)
         optimizer.step()
         process.forget_gradients(optimizer)
         ema.update(net, step)
 
         # --- log, sample, save
         spread = max(0, metrics.pop('square') - metrics['reward'] ** 2) ** 0.5
-        metrics = {'reward': metrics.pop('reward'), 'spread': spread, 'exit': exit_step, **metrics}
+        metrics = {
+            'reward': metrics.pop('reward'), 'spread': spread, 'exit': exit_step, **metrics
+        }
         if run.due(args.sample_every):
             metrics |= sample()
         run.report(**metrics)
         if run.due(args.save_every):
-            run.save(ema.average, steps, kind='causal', chunk=chunk, shift=shift, config=net.config)
+            run.save(ema.average, steps, kind='causal', chunk=chunk, shift=shift,
+                     config=net.config)
 
 
 if __name__ == '__main__':

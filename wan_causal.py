@@ -51,11 +51,13 @@ except KeyboardInterrupt:  # these take seconds, so the scripts import this file
     sys.exit(130)
 
 # Recompute in the backward pass instead of keeping activations; nothing in them is random.
-checkpoint = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
+checkpoint = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False,
+                               preserve_rng_state=False)
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used; the message is one sentence that says what, where and what to do."""
+    """Something the user gave cannot be used; the message is one sentence that says what, where
+    and what to do."""
 
 
 def first_line(error):
@@ -70,7 +72,8 @@ def first_line(error):
 # ----------------------------------------------------------------------------------------------------------
 # Schedule: the only place where x0, v, eps and sigma are converted
 
-FEW_STEPS = (1000, 750, 500, 250)  # the student's timesteps before the shift (Self Forcing; RAVEN)
+# the student's timesteps before the shift (Self Forcing; RAVEN)
+FEW_STEPS = (1000, 750, 500, 250)
 
 
 def shift_sigma(sigma, shift):
@@ -79,7 +82,8 @@ def shift_sigma(sigma, shift):
 
 
 def warped_steps(steps=FEW_STEPS, shift=5.0):
-    """The timesteps the network really sees: 1000, 750, 500, 250 at shift 5 -> [1000, 937.5, 833.33, 625]."""
+    """The timesteps the network really sees: 1000, 750, 500, 250 at shift 5 -> [1000, 937.5,
+    833.33, 625]."""
     return [1000 * shift_sigma(t / 1000, shift) for t in steps]
 
 
@@ -98,7 +102,8 @@ def sigma_of(t, x):
     if not torch.is_tensor(sigma):
         return sigma
     if sigma.shape not in ((x.shape[0],), (x.shape[0], x.shape[2])):
-        raise ValueError(f't of shape {tuple(sigma.shape)} fits neither (B,) nor (B, F) of {tuple(x.shape)}')
+        raise ValueError(f't of shape {tuple(sigma.shape)} fits neither (B,) nor (B, F) of '
+                         f'{tuple(x.shape)}')
     return sigma.view(x.shape[0], 1, -1, 1, 1)
 
 
@@ -119,8 +124,8 @@ def v_from_x0(x_t, x0, t):
 
 
 def gaussian(shape, generator, device):
-    """Standard normal noise, float32. With a list of generators, one per sample, every sample has its own stream,
-    so that it does not depend on the batch it is in."""
+    """Standard normal noise, float32. With a list of generators, one per sample, every sample
+    has its own stream, so that it does not depend on the batch it is in."""
     if isinstance(generator, (list, tuple)):
         return torch.cat([gaussian((1, *shape[1:]), g, device) for g in generator])
     where = device if generator is None else generator.device
@@ -160,7 +165,8 @@ class Layout:
         return len(self.position)
 
     def sees(self, q, k):
-        """The visibility rule: its own chunk (the noisy or the clean one), and the history before it."""
+        """The visibility rule: its own chunk (the noisy or the clean one), and the history
+        before it."""
         if self.chunk[q] == self.chunk[k]:
             return self.history[q] == self.history[k]
         if not (self.history[k] and self.chunk[k] < self.chunk[q]):
@@ -172,7 +178,8 @@ class Layout:
 
     @functools.cached_property
     def visible(self):
-        """The rule as rows of booleans, F x F: visible[q][k]. None when everything sees everything."""
+        """The rule as rows of booleans, F x F: visible[q][k]. None when everything sees
+        everything."""
         rows = tuple(tuple(self.sees(q, k) for k in range(len(self))) for q in range(len(self)))
         return None if all(map(all, rows)) else rows
 
@@ -183,16 +190,19 @@ def bidirectional(frames):
 
 
 def block_causal(chunks, window=None, sink=0):
-    """Every chunk sees itself and the chunks before it, as they are in the sequence (diffusion forcing)."""
+    """Every chunk sees itself and the chunks before it, as they are in the sequence (diffusion
+    forcing)."""
     chunk = tuple(i for i, n in enumerate(chunks) for _ in range(n))
     return Layout(tuple(range(len(chunk))), chunk, (True,) * len(chunk), window, sink)
 
 
 def interleaved(chunks, window=None, sink=0):
-    """noisy 1, clean 1, noisy 2, clean 2, ..., noisy T: 2T - 1 segments (RAVEN's training-time test).
+    """noisy 1, clean 1, noisy 2, clean 2, ..., noisy T: 2T - 1 segments (RAVEN's training-time
+    test).
 
-    A noisy chunk sees itself and the clean chunks before it, a clean one itself and the clean ones before it,
-    nothing else sees a noisy chunk. Both carry the same positions. See `interleave`.
+    A noisy chunk sees itself and the clean chunks before it, a clean one itself and the clean
+    ones before it, nothing else sees a noisy chunk. Both carry the same positions. See
+    `interleave`.
     """
     position, chunk, history, start = [], [], [], 0
     for i, n in enumerate(chunks):
@@ -205,7 +215,8 @@ def interleaved(chunks, window=None, sink=0):
 
 
 def interleave(noisy, clean, chunks):
-    """Noisy and clean latents (B, C, F, H, W), or their timesteps (B, F) -> one sequence in `interleaved` order."""
+    """Noisy and clean latents (B, C, F, H, W), or their timesteps (B, F) -> one sequence in
+    `interleaved` order."""
     axis = 1 if noisy.ndim == 2 else 2
     pairs = zip(noisy.split(list(chunks), axis), clean.split(list(chunks), axis))
     return torch.cat([part for pair in pairs for part in pair][:-1], axis)
@@ -218,10 +229,11 @@ def noisy_part(sequence, chunks):
 
 
 def chunk_sizes(frames, chunk=3, first=None):
-    """Split `frames` latent frames into chunks: the first of size `first`, the rest of size `chunk`, the last
-    one what is left. chunk_sizes(7, 3, 1) -> [1, 3, 3]."""
+    """Split `frames` latent frames into chunks: the first of size `first`, the rest of size
+    `chunk`, the last one what is left. chunk_sizes(7, 3, 1) -> [1, 3, 3]."""
     if frames < 1 or chunk < 1 or (first is not None and first < 1):
-        raise ValueError(f'cannot split {frames} latent frames into chunks of {chunk} (first: {first})')
+        raise ValueError(f'cannot split {frames} latent frames into chunks of {chunk} (first: '
+                         f'{first})')
     sizes = [min(first or chunk, frames)]
     while sum(sizes) < frames:
         sizes.append(min(chunk, frames - sum(sizes)))
@@ -229,27 +241,36 @@ def chunk_sizes(frames, chunk=3, first=None):
 
 
 def draw_per_chunk(count, chunks, generators, device):
-    """A random index below `count` for each chunk of each sample, repeated over the chunk's frames: (B, F)."""
-    index = torch.stack([torch.randint(count, (len(chunks),), generator=g, device=g.device) for g in generators])
+    """A random index below `count` for each chunk of each sample, repeated over the chunk's
+    frames: (B, F)."""
+    index = torch.stack([
+        torch.randint(count, (len(chunks), ), generator=g, device=g.device) for g in generators
+    ])
     sizes = torch.tensor(chunks, device=index.device)
     return index.repeat_interleave(sizes, dim=1, output_size=sum(chunks)).to(device)
 
 
 def chunk_weights(chunks, shift):
-    """Loss weight of each latent frame (F,), constant within a chunk, mean 1: RAVEN's chunk-wise weighting.
+    """Loss weight of each latent frame (F,), constant within a chunk, mean 1: RAVEN's
+    chunk-wise weighting.
 
-    shift < 0 weights later chunks more, > 0 earlier ones, 0 all alike. With p_j the share of frames in chunks j..T
-    and pi_a(p) = a p / (1 + (a - 1) p): pi_|shift|(p_T / p_j) for shift < 0, pi_shift(p_j) for shift > 0.
+    shift < 0 weights later chunks more, > 0 earlier ones, 0 all alike. With p_j the share of
+    frames in chunks j..T and pi_a(p) = a p / (1 + (a - 1) p): pi_|shift|(p_T / p_j) for shift <
+    0, pi_shift(p_j) for shift > 0.
     """
     total = sum(chunks)
     p = [sum(chunks[j:]) / total for j in range(len(chunks))]
-    weights = [shift_sigma(p[-1] / q, -shift) if shift < 0 else shift_sigma(q, shift) if shift else 1.0 for q in p]
+    weights = [
+        shift_sigma(p[-1] / q, -shift) if shift < 0 else shift_sigma(q, shift) if shift else 1.0
+        for q in p
+    ]
     weights = torch.tensor([w for w, n in zip(weights, chunks) for _ in range(n)])
     return weights / weights.mean()
 
 
 def runs(indices):
-    """Integers -> their runs of neighbours as (start, stop), in order: [5, 6, 0, 1, 2] -> [(5, 7), (0, 3)]."""
+    """Integers -> their runs of neighbours as (start, stop), in order: [5, 6, 0, 1, 2] -> [(5,
+    7), (0, 3)]."""
     out = []
     for i in indices:
         if out and out[-1][1] == i:
@@ -265,32 +286,42 @@ def runs(indices):
 @functools.lru_cache(maxsize=None)
 def compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
-    # Each length and mask is a kernel of its own. Past the limit of 8 torch would go on without compiling, in words
-    # that nobody reads, and hold all scores at once: 165 GiB at full size. With fullgraph it raises instead.
+    # Each length and mask is a kernel of its own. Past the limit of 8 torch would go on without
+    # compiling, in words that nobody reads, and hold all scores at once: 165 GiB at full size.
+    # With fullgraph it raises instead.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 @functools.lru_cache(maxsize=64)
 def flex_mask(visible, tokens, device, block=128):
-    """Rows of booleans over frames -> flex attention's BlockMask over tokens, made from the frames: torch's own
-    create_block_mask looks at each pair of tokens, which takes gigabytes for a long interleaved sequence."""
+    """Rows of booleans over frames -> flex attention's BlockMask over tokens, made from the
+    frames: torch's own create_block_mask looks at each pair of tokens, which takes gigabytes
+    for a long interleaved sequence."""
     from torch.nn.attention.flex_attention import BlockMask
     table = torch.tensor(visible, device=device)  # (Fq, Fk)
 
     def rule(b, h, q, k):
         return table[q // tokens, k // tokens]
 
-    def by_block(frames, reduce):  # (F, n) -> (n, blocks): what holds for some or for all tokens of each block
+    # (F, n) -> (n, blocks): what holds for some or for all tokens of each block
+    def by_block(frames, reduce):
         rows = frames.repeat_interleave(tokens, dim=0)
-        return reduce(F.pad(rows, (0, 0, 0, -len(rows) % block)).unflatten(0, (-1, block)), dim=1).T
+        return reduce(
+            F.pad(rows, (0, 0, 0, -len(rows) % block)).unflatten(0, (-1, block)), dim=1).T
 
-    def listed(blocks):  # (blocks of q, of k) -> how many are True in each row, and their numbers, before the others
+    # (blocks of q, of k) -> how many are True in each row, and their numbers, before the others
+    def listed(blocks):
         order = blocks.int().argsort(dim=1, descending=True, stable=True)
-        # contiguous: the kernel on CUDA reads a row's numbers one after the other, whatever their strides are
-        return blocks.sum(1, dtype=torch.int32)[None, None], order.int().contiguous()[None, None]
-    some, every = (by_block(by_block(table, reduce), reduce) for reduce in (torch.any, torch.all))
-    return BlockMask.from_kv_blocks(*listed(some & ~every), *listed(every), BLOCK_SIZE=block, mask_mod=rule,
+        # contiguous: the kernel on CUDA reads a row's numbers one after the other, whatever
+        # their strides are
+        return blocks.sum(1, dtype=torch.int32)[None, None], order.int().contiguous()[None,
+                                                                                      None]
+
+    some, every = (by_block(by_block(table, reduce), reduce)
+                   for reduce in (torch.any, torch.all))
+    return BlockMask.from_kv_blocks(*listed(some & ~every), *listed(every), BLOCK_SIZE=block,
+                                    mask_mod=rule,
                                     seq_lengths=tuple(n * tokens for n in table.shape))
 
 
@@ -299,8 +330,9 @@ def attend(q, k, v, visible=None, backend='auto'):
 
     q (B, N, Fq * S, D), k and v (B, N, Fk * S, D) -> (B, N, Fq * S, D).
     visible: Fq rows of Fk booleans, or None: everything sees everything.
-    backend: how a mask is computed, 'rectangles', 'flex', or 'auto': flex for more than two groups
-             of query frames on CUDA, else rectangles (flex has no backward on a CPU). All are exact.
+    backend: how a mask is computed, 'rectangles', 'flex', or 'auto': flex for more than two
+             groups of query frames on CUDA, else rectangles (flex has no backward on a CPU).
+             All are exact.
     """
     if visible is None:
         return F.scaled_dot_product_attention(q, k, v)
@@ -310,21 +342,23 @@ def attend(q, k, v, visible=None, backend='auto'):
 
 
 def attend_flex(q, k, v, visible):
-    """One flex-attention kernel for the whole mask. On a CPU uncompiled: slow, forward only, good for proofs."""
+    """One flex-attention kernel for the whole mask. On a CPU uncompiled: slow, forward only,
+    good for proofs."""
     from torch.nn.attention.flex_attention import flex_attention
     mask = flex_mask(visible, q.shape[2] // len(visible), q.device)
     return (compiled_flex() if q.is_cuda else flex_attention)(q, k, v, block_mask=mask)
 
 
 def attend_rectangles(q, k, v, visible):
-    """A mask over whole frames is a union of full rectangles: one unmasked call for each group of neighbouring query
-    frames that see the same keys. Needs no compiler and runs anywhere."""
+    """A mask over whole frames is a union of full rectangles: one unmasked call for each group
+    of neighbouring query frames that see the same keys. Needs no compiler and runs anywhere."""
     tokens, out, start = q.shape[2] // len(visible), [], 0
     for seen, group in itertools.groupby(visible):
         stop = start + len(list(group))
         where = runs([j for j, sees in enumerate(seen) if sees])
         keys, values = (take_frames(x, where, tokens) for x in (k, v))
-        out.append(F.scaled_dot_product_attention(q[:, :, start * tokens:stop * tokens], keys, values))
+        out.append(
+            F.scaled_dot_product_attention(q[:, :, start * tokens:stop * tokens], keys, values))
         start = stop
     return torch.cat(out, dim=2)
 
@@ -336,39 +370,56 @@ def take_frames(x, where, tokens):
 
 
 class KVCache:
-    """Self-attention keys (after RoPE) and values of past latent frames, and the prompt's cross-attention ones.
+    """Self-attention keys (after RoPE) and values of past latent frames, and the prompt's
+    cross-attention ones.
 
-    Preallocated: per layer (B, N, frames * S, D). With fewer `frames` than the video has, it is a ring: softmax does
-    not care about order, so a new frame overwrites the oldest one, except the first `sink` frames, which stay. Frames
-    come in order from 0 on, so which slot holds which follows from their numbers, and nothing waits for the device.
+    Preallocated: per layer (B, N, frames * S, D). With fewer `frames` than the video has, it is
+    a ring: softmax does not care about order, so a new frame overwrites the oldest one, except
+    the first `sink` frames, which stay. Frames come in order from 0 on, so which slot holds
+    which follows from their numbers, and nothing waits for the device.
     """
 
-    def __init__(self, config, batch, frames, tokens, sink=0, rolling=True, dtype=torch.float32, device='cpu'):
-        """frames: capacity in latent frames; tokens: S; rolling: whether frames may be overwritten."""
+    def __init__(self, config, batch, frames, tokens, sink=0, rolling=True, dtype=torch.float32,
+                 device='cpu'):
+        """frames: capacity in latent frames; tokens: S; rolling: whether frames may be
+        overwritten."""
         if not 0 <= sink < frames:
             raise ValueError(f'a cache of {frames} latent frames cannot keep a sink of {sink}')
         shape = (batch, config.num_heads, frames * tokens, config.dim // config.num_heads)
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
-        self.cross = None  # per layer (keys, values) of the prompt, computed at the first forward
+        self.k = [
+            torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)
+        ]
+        self.v = [
+            torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)
+        ]
+        # per layer (keys, values) of the prompt, computed at the first forward
+        self.cross = None
         self.frames, self.tokens, self.sink, self.rolling = frames, tokens, sink, rolling
 
     def slots(self, start, count):
-        """The slots of latent frames start .. start + count - 1. ValueError if there are none for them."""
+        """The slots of latent frames start .. start + count - 1. ValueError if there are none
+        for them."""
         ring = self.frames - self.sink
         if start + count - max(start, self.sink) > ring:
-            raise ValueError(f'a chunk of {count} latent frames does not fit a cache of {self.frames} with a sink '
-                             f'of {self.sink}: window must be at least chunk + sink = {count + self.sink}')
+            raise ValueError(f'a chunk of {count} latent frames does not fit a cache of '
+                             f'{self.frames} with a sink of {self.sink}: window must be at '
+                             f'least chunk + sink = {count + self.sink}')
         if not self.rolling and start + count > self.frames:
-            raise ValueError(f'latent frames {start} to {start + count - 1} do not fit a cache of {self.frames}')
-        return [p if p < self.frames else self.sink + (p - self.sink) % ring for p in range(start, start + count)]
+            raise ValueError(f'latent frames {start} to {start + count - 1} do not fit a cache '
+                             f'of {self.frames}')
+        return [
+            p if p < self.frames else self.sink + (p - self.sink) % ring
+            for p in range(start, start + count)
+        ]
 
     def extend(self, layer, start, k, v):
-        """The keys and values that latent frames start, start + 1, ... see: their own and those before them.
+        """The keys and values that latent frames start, start + 1, ... see: their own and those
+        before them.
 
-        k, v (B, N, count * S, D) -> both (B, N, seen * S, D). Without gradient the new ones are written into the ring,
-        over what an earlier denoising step of the same frames has left there, and views of it are returned. With
-        gradient nothing is written: the history is a constant, and gradient reaches the new ones.
+        k, v (B, N, count * S, D) -> both (B, N, seen * S, D). Without gradient the new ones are
+        written into the ring, over what an earlier denoising step of the same frames has left
+        there, and views of it are returned. With gradient nothing is written: the history is a
+        constant, and gradient reaches the new ones.
         """
         count = k.shape[2] // self.tokens
         slots = self.slots(start, count)
@@ -378,7 +429,8 @@ class KVCache:
                          for past, new in ((self.k, k), (self.v, v)))
         done = 0
         for a, b in runs(slots):  # one, but two where the ring's end lies within the chunk
-            part, here = (slice(n * self.tokens, m * self.tokens) for n, m in ((done, done + b - a), (a, b)))
+            part, here = (slice(n * self.tokens, m * self.tokens)
+                          for n, m in ((done, done + b - a), (a, b)))
             self.k[layer][:, :, here], self.v[layer][:, :, here] = k[:, :, part], v[:, :, part]
             done += b - a
         seen = min(start + count, self.frames) * self.tokens
@@ -405,16 +457,20 @@ class WanConfig:
 
     def __post_init__(self):
         self.patch_size = tuple(self.patch_size)
-        if self.patch_size != (1, 2, 2) or self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
-            raise InputError(f'unsupported DiT sizes: patch {self.patch_size} must be (1, 2, 2), and {self.dim} '
-                             f'dimensions over {self.num_heads} heads must give an even head size')
+        if self.patch_size != (
+                1, 2, 2) or self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise InputError(f'unsupported DiT sizes: patch {self.patch_size} must be (1, 2, '
+                             f'2), and {self.dim} dimensions over {self.num_heads} heads must '
+                             'give an even head size')
         if self.in_dim != self.out_dim:
-            raise InputError(f'a DiT that reads {self.in_dim} channels and predicts {self.out_dim} is no text-to-video '
-                             'model: only those are supported')
+            raise InputError(f'a DiT that reads {self.in_dim} channels and predicts '
+                             f'{self.out_dim} is no text-to-video model: only those are '
+                             'supported')
 
 
 CONFIGS = {
-    'tiny': WanConfig(dim=192, ffn_dim=768, num_heads=6, num_layers=6, freq_dim=64, text_dim=64, text_len=32),
+    'tiny': WanConfig(dim=192, ffn_dim=768, num_heads=6, num_layers=6, freq_dim=64, text_dim=64,
+                      text_len=32),
     '1.3B': WanConfig(),
     '14B': WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
 }
@@ -431,32 +487,39 @@ def rope_axis(count, device):
 
 @functools.lru_cache(maxsize=64)
 def rope_table(position, height, width, head_dim, device):
-    """cos and sin (L, 1, D/2, 2) of each token's angles: D/2 - 2(D/6) of them for time, D/6 for height and for width.
+    """cos and sin (L, 1, D/2, 2) of each token's angles: D/2 - 2(D/6) of them for time, D/6 for
+    height and for width.
 
-    position: the RoPE position of each latent frame; height and width in tokens. Wan's tables end at 1024; they are on
-    the device once, so that a new chunk's table is made of views and waits for nothing.
+    position: the RoPE position of each latent frame; height and width in tokens. Wan's tables
+    end at 1024; they are on the device once, so that a new chunk's table is made of views and
+    waits for nothing.
     """
     highest = max(*position, height - 1, width - 1)
     if highest >= MAX_POSITION:
-        raise ValueError(f'position {highest} is past the RoPE table: Wan has {MAX_POSITION} positions per axis '
-                         f'({1 + 4 * (MAX_POSITION - 1)} video frames)')
+        raise ValueError(f'position {highest} is past the RoPE table: Wan has {MAX_POSITION} '
+                         f'positions per axis ({1 + 4 * (MAX_POSITION - 1)} video frames)')
     n = head_dim // 2
     time, space = rope_axis(n - 2 * (n // 3), device), rope_axis(n // 3, device)
-    parts = (torch.stack([time[p] for p in position])[:, None, None], space[None, :height, None],
-             space[None, None, :width])
-    table = torch.cat([x.expand(len(position), height, width, -1, 2) for x in parts], dim=3)  # (F, h, w, D/2, 2)
+    parts = (torch.stack([time[p] for p in position])[:, None,
+                                                      None], space[None, :height,
+                                                                   None], space[None,
+                                                                                None, :width])
+    # (F, h, w, D/2, 2)
+    table = torch.cat([x.expand(len(position), height, width, -1, 2) for x in parts], dim=3)
     return table.flatten(0, 2).unsqueeze(1)
 
 
 def rotate(x, rope):
-    """RoPE on neighbouring numbers, (a, b) -> (a cos - b sin, a sin + b cos): x (B, L, N, D), rope as `rope_table`."""
+    """RoPE on neighbouring numbers, (a, b) -> (a cos - b sin, a sin + b cos): x (B, L, N, D),
+    rope as `rope_table`."""
     (a, b), (cos, sin) = x.float().unflatten(-1, (-1, 2)).unbind(-1), rope.unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
 def sinusoid(t, dim):
     """Timestep features [cos, sin]: t (...) -> (..., dim), float32 computed in float64."""
-    omega = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64, device=t.device) / (dim // 2))
+    omega = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64, device=t.device) /
+                        (dim // 2))
     angle = t.double().unsqueeze(-1) * omega
     return torch.cat([angle.cos(), angle.sin()], dim=-1).float()
 
@@ -476,13 +539,16 @@ class LayerNorm(nn.LayerNorm):
     """Layer norm computed in float32."""
 
     def forward(self, x):
-        weight, bias = (None, None) if self.weight is None else (self.weight.float(), self.bias.float())
-        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+        weight, bias = (None, None) if self.weight is None else (self.weight.float(),
+                                                                 self.bias.float())
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias,
+                            self.eps).to(x.dtype)
 
 
 def modulate(x, shift, scale):
     """x (B, L, C) by shift and scale (B, F or 1, 1, C), one per latent frame."""
-    return torch.addcmul(shift, x.unflatten(1, (shift.shape[1], -1)), 1 + scale).flatten(1, 2).to(x.dtype)
+    return torch.addcmul(shift, x.unflatten(1, (shift.shape[1], -1)),
+                         1 + scale).flatten(1, 2).to(x.dtype)
 
 
 def gated(x, y, gate):
@@ -498,7 +564,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = config.num_heads
         self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(config.dim, config.eps), RMSNorm(config.dim, config.eps)
+        self.norm_q, self.norm_k = RMSNorm(config.dim,
+                                           config.eps), RMSNorm(config.dim, config.eps)
 
     def split(self, x, rope=None):
         x = x.unflatten(-1, (self.heads, -1))  # (B, L, N, D)
@@ -515,7 +582,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention and feed-forward; the first and last modulated by the timestep."""
+    """Self-attention, cross-attention and feed-forward; the first and last modulated by the
+    timestep."""
 
     def __init__(self, config):
         super().__init__()
@@ -529,9 +597,11 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim ** 0.5)
 
     def forward(self, x, e, text, rope, visible=None, backend='auto', extend=None):
-        """x (B, L, C); e (B, F or 1, 6, C) float32; text: (B, L', C), or its keys and values; visible: see `attend`.
+        """x (B, L, C); e (B, F or 1, 6, C) float32; text: (B, L', C), or its keys and values;
+        visible: see `attend`.
 
-        extend: takes the new keys and values and returns all that the queries may read, see `KVCache.extend`.
+        extend: takes the new keys and values and returns all that the queries may read, see
+        `KVCache.extend`.
         """
         q, k, v = self.before(x, e, rope)
         if extend is not None:
@@ -539,7 +609,8 @@ class Block(nn.Module):
         return self.after(x, attend(q, k, v, visible, backend), e, text)
 
     def before(self, x, e, rope):
-        """Queries, keys and values of self-attention; like `after`, it has static shapes and compiles well."""
+        """Queries, keys and values of self-attention; like `after`, it has static shapes and
+        compiles well."""
         shift, scale = (self.modulation.float() + e)[:, :, :2].chunk(2, dim=2)
         y = modulate(self.norm1(x), shift, scale)
         return self.self_attn.queries(y, rope), *self.self_attn.keys_values(y, rope)
@@ -568,9 +639,10 @@ class Head(nn.Module):
 class WanModel(nn.Module):
     """Wan 2.1's diffusion transformer: predicts v = eps - x0.
 
-    `checkpointing`: recompute each block in the backward pass instead of keeping its activations.
-    `autocast`: compute in this dtype while the weights stay float32 (mixed-precision training); None: in theirs.
-    `backend`: how masked attention is computed, see `attend`.
+    `checkpointing`: recompute each block in the backward pass instead of keeping its
+    activations. `autocast`: compute in this dtype while the weights stay float32
+    (mixed-precision training); None: in theirs. `backend`: how masked attention is computed,
+    see `attend`.
     """
 
     def __init__(self, config):
@@ -578,9 +650,12 @@ class WanModel(nn.Module):
         self.config = config
         self.checkpointing, self.autocast, self.backend = False, None, 'auto'
         dim = config.dim
-        self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, stride=config.patch_size)
-        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU('tanh'), nn.Linear(dim, dim))
-        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size,
+                                         stride=config.patch_size)
+        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU('tanh'),
+                                            nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(),
+                                            nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim * 6))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
@@ -598,8 +673,9 @@ class WanModel(nn.Module):
         Returns v (B, C, F, H, W), float32.
         """
         self.check_input(x, t, context, layout, cache)
-        # Entered anew by every forward: within one autocast region, weights cast without gradient are kept, and a
-        # later forward with gradient would use them and lose its gradient.
+        # Entered anew by every forward: within one autocast region, weights cast without
+        # gradient are kept, and a later forward with gradient would use them and lose its
+        # gradient.
         with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
             return self.compute(x, t, context, layout, cache, start)
 
@@ -610,7 +686,8 @@ class WanModel(nn.Module):
 
     def make_cache(self, batch, frames, tokens, sink=0, rolling=False):
         """An empty KVCache for this model, see there."""
-        return KVCache(self.config, batch, frames, tokens, sink, rolling, self.dtype, self.patch_embedding.weight.device)
+        return KVCache(self.config, batch, frames, tokens, sink, rolling, self.dtype,
+                       self.patch_embedding.weight.device)
 
     @property
     def dtype(self):
@@ -625,14 +702,16 @@ class WanModel(nn.Module):
         position = layout.position if cache is None else tuple(range(start, start + F_))
         rope = rope_table(position, p, q, self.config.dim // self.config.num_heads, x.device)
 
-        e = self.time_embedding(sinusoid(t.view(B, -1), self.config.freq_dim).to(dtype))  # (B, F or 1, C)
+        # (B, F or 1, C)
+        e = self.time_embedding(sinusoid(t.view(B, -1), self.config.freq_dim).to(dtype))
         e6 = self.time_projection(e).unflatten(-1, (6, -1)).float()
         if cache is None or torch.is_grad_enabled():
             texts = [self.text_embedding(context.to(dtype))] * len(self.blocks)
         else:  # the prompt's keys and values are the same in every forward of a rollout
             texts = cache.cross = cache.cross or self.prompt_keys_values(context)
 
-        x = self.patch_embedding(x.to(dtype)).flatten(2).transpose(1, 2).contiguous()  # (B, L, C)
+        # (B, L, C)
+        x = self.patch_embedding(x.to(dtype)).flatten(2).transpose(1, 2).contiguous()
         for i, block in enumerate(self.blocks):
             extend = None if cache is None else functools.partial(cache.extend, i, start)
             args = (x, e6, texts[i], rope, layout.visible, self.backend, extend)
@@ -653,11 +732,14 @@ class WanModel(nn.Module):
         if context.ndim != 3 or context.shape[0] != x.shape[0] or context.shape[2] != c.text_dim:
             raise ValueError(f'context must be (B, tokens, {c.text_dim}): {shapes}')
         if layout is not None and len(layout) != x.shape[2]:
-            raise ValueError(f'a layout of {len(layout)} frames is for x of as many frames: {shapes}')
+            raise ValueError(f'a layout of {len(layout)} frames is for x of as many frames: '
+                             f'{shapes}')
         if layout is not None and cache is not None:
             raise ValueError('a forward with a cache takes one chunk, so no layout')
-        if cache is not None and (cache.k[0].shape[0] != x.shape[0] or cache.tokens * 4 != x.shape[3] * x.shape[4]):
-            raise ValueError(f'a cache for batch {cache.k[0].shape[0]} and {cache.tokens} tokens per frame: {shapes}')
+        if cache is not None and (cache.k[0].shape[0] != x.shape[0] or
+                                  cache.tokens * 4 != x.shape[3] * x.shape[4]):
+            raise ValueError(f'a cache for batch {cache.k[0].shape[0]} and {cache.tokens} '
+                             f'tokens per frame: {shapes}')
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -673,20 +755,24 @@ class Chunk:
 
 
 def consistency_kernel(x, x0, t, s):
-    """Where the consistency sampler goes from x at t, having predicted x0: N((1 - sigma_s) x0, sigma_s^2 I) at s.
+    """Where the consistency sampler goes from x at t, having predicted x0: N((1 - sigma_s) x0,
+    sigma_s^2 I) at s.
 
     Returns (mean, standard deviation, d mean / d x0).
     """
     return (1 - s / 1000) * x0, s / 1000, 1 - s / 1000
 
 
-def rollout(model, noise, context, steps, chunks, *, window=None, sink=0, init=None, exit_step=None, grad_from=0,
-            record=False, kernel=consistency_kernel, generator=None):
-    """Generate a video chunk by chunk with the KV cache, and yield each `Chunk` as soon as it exists.
+def rollout(model, noise, context, steps, chunks, *, window=None, sink=0, init=None,
+            exit_step=None, grad_from=0, record=False, kernel=consistency_kernel,
+            generator=None):
+    """Generate a video chunk by chunk with the KV cache, and yield each `Chunk` as soon as it
+    exists.
 
-    Self Forcing's algorithm 1. Each chunk is denoised by the consistency sampler: from x_t predict x0, and re-noise it
-    with fresh noise to the next of `steps`. The last prediction is the endpoint. A forward of the endpoint at t = 0
-    then leaves the chunk's clean keys and values in the cache, for the chunks after it.
+    Self Forcing's algorithm 1. Each chunk is denoised by the consistency sampler: from x_t
+    predict x0, and re-noise it with fresh noise to the next of `steps`. The last prediction is
+    the endpoint. A forward of the endpoint at t = 0 then leaves the chunk's clean keys and
+    values in the cache, for the chunks after it.
 
     model      the DiT (or its DDP wrapper).
     noise      (B, C, F, H, W): the pure noise that the F new latent frames start from.
@@ -706,25 +792,30 @@ def rollout(model, noise, context, steps, chunks, *, window=None, sink=0, init=N
     B, C, F_, H, W = noise.shape
     begin = 0 if init is None else init.shape[2]
     if sum(chunks) != F_:
-        raise ValueError(f'chunks {list(chunks)} do not sum to the {F_} latent frames of noise {tuple(noise.shape)}')
+        raise ValueError(f'chunks {list(chunks)} do not sum to the {F_} latent frames of noise '
+                         f'{tuple(noise.shape)}')
     if exit_step is not None and not 0 <= exit_step < len(steps):
         raise ValueError(f'exit_step {exit_step} is not the index of one of {len(steps)} steps')
     cache = None  # a single chunk without history, as a bidirectional student's, needs none
     if len(chunks) > 1 or begin:
-        cache = net.make_cache(B, min(window or begin + F_, begin + F_), H * W // 4, sink, window is not None)
+        cache = net.make_cache(B, min(window or begin + F_, begin + F_), H * W // 4, sink,
+                               window is not None)
 
     def forward(x, t, start):
-        return model(x, torch.full((B,), float(t), device=x.device), context, cache=cache, start=start)
+        return model(x, torch.full((B, ), float(t), device=x.device), context, cache=cache,
+                     start=start)
 
     start = 0
     for n in chunk_sizes(begin, max(chunks), begin % max(chunks) or None) if begin else ():
-        with torch.no_grad():  # what is given goes into the cache; an independent first frame comes first
+        # what is given goes into the cache; an independent first frame comes first
+        with torch.no_grad():
             forward(init[:, :, start:start + n], 0, start)
         start += n
     for i, n in enumerate(chunks):
         x, chunk = noise[:, :, start - begin:start - begin + n], Chunk(start, None, [], [])
         for k, t in enumerate(steps):
-            # only the step that the chunk ends at carries gradient, and only to the chunk's own keys and values
+            # only the step that the chunk ends at carries gradient, and only to the chunk's own
+            # keys and values
             carries = k == exit_step and start >= grad_from and torch.is_grad_enabled()
             with torch.set_grad_enabled(carries):
                 x0 = x0_from_v(x, forward(x, t, start), t)
@@ -739,17 +830,20 @@ def rollout(model, noise, context, steps, chunks, *, window=None, sink=0, init=N
         yield chunk
         if i < len(chunks) - 1:  # nothing comes after the last chunk
             if carries and cache.rolling:
-                cache = copy.deepcopy(cache)  # its backward pass still reads the ring as it is now
+                # its backward pass still reads the ring as it is now
+                cache = copy.deepcopy(cache)
             with torch.no_grad():
                 forward(x0.detach(), 0, start)
         start += n
 
 
 @torch.no_grad()
-def recorded_rollout(model, noise, context, steps, chunks, generator=None, kernel=consistency_kernel):
+def recorded_rollout(model, noise, context, steps, chunks, generator=None,
+                     kernel=consistency_kernel):
     """The rollout as at inference, with all it went through: (states, endpoints).
 
-    states: for each of `steps` the noisy latents of all chunks (B, C, F, H, W); endpoints (B, C, F, H, W).
+    states: for each of `steps` the noisy latents of all chunks (B, C, F, H, W); endpoints (B,
+    C, F, H, W).
     """
     parts = list(rollout(model, noise, context, steps, chunks, record=True, kernel=kernel,
                          generator=generator))
@@ -758,12 +852,15 @@ def recorded_rollout(model, noise, context, steps, chunks, generator=None, kerne
 
 
 def interleaved_x0(model, x_t, t, clean, context, chunks):
-    """x0 predicted from every noisy chunk given the clean chunks before it, in one forward (RAVEN's I_u).
+    """x0 predicted from every noisy chunk given the clean chunks before it, in one forward
+    (RAVEN's I_u).
 
-    x_t, clean (B, C, F, H, W), t (B, F). On a rollout's own states and endpoints this is what the cached rollout
-    computed, but the history is encoded inside the graph: later chunks' losses reach the weights that encode it.
+    x_t, clean (B, C, F, H, W), t (B, F). On a rollout's own states and endpoints this is what
+    the cached rollout computed, but the history is encoded inside the graph: later chunks'
+    losses reach the weights that encode it.
     """
-    v = model(interleave(x_t, clean, chunks), interleave(t, torch.zeros_like(t), chunks), context, interleaved(chunks))
+    v = model(interleave(x_t, clean, chunks), interleave(t, torch.zeros_like(t), chunks),
+              context, interleaved(chunks))
     return x0_from_v(x_t, noisy_part(v, chunks), t)
 
 
@@ -781,20 +878,23 @@ def latent_frame(frame):
 
 
 def checked_reward(reward, video, prompts):
-    """reward(video, prompts) -> (B,), on the video's device. One that is not a number per prompt is an InputError, and so
-    is one without gradient where the video has one; where none is needed, a list or NumPy's numbers do as well."""
+    """reward(video, prompts) -> (B,), on the video's device. One that is not a number per
+    prompt is an InputError, and so is one without gradient where the video has one; where none
+    is needed, a list or NumPy's numbers do as well."""
     rewards, name = reward(video, prompts), getattr(reward, '__name__', type(reward).__name__)
     if not torch.is_tensor(rewards):
         try:
             rewards = torch.tensor(np.asarray(rewards, dtype=np.float32), device=video.device)
         except (TypeError, ValueError) as error:
-            raise InputError(f'the reward {name} returned {type(rewards).__name__}, not a number for each of '
-                             f'{len(prompts)} prompts') from error
+            raise InputError(f'the reward {name} returned {type(rewards).__name__}, not a '
+                             f'number for each of {len(prompts)} prompts') from error
     if tuple(rewards.shape) != (len(prompts),):
-        raise InputError(f'the reward {name} returned shape {tuple(rewards.shape)} for a video {tuple(video.shape)} and '
-                         f'{len(prompts)} prompts: it must be ({len(prompts)},)')
+        raise InputError(f'the reward {name} returned shape {tuple(rewards.shape)} for a video '
+                         f'{tuple(video.shape)} and {len(prompts)} prompts: it must be '
+                         f'({len(prompts)},)')
     if video.requires_grad and not rewards.requires_grad:
-        raise InputError(f'the reward {name} has no gradient in the video: compute it with torch, without no_grad')
+        raise InputError(f'the reward {name} has no gradient in the video: compute it with '
+                         'torch, without no_grad')
     return rewards.to(video.device)
 
 
@@ -803,25 +903,31 @@ def rewarded_video(vae, latents, frames, past=None):
 
     latents (B, C, F, H, W); frames: their numbers, ascending -> (B, 3, len(frames), 8H, 8W).
 
-    A frame depends on its own latent frame, and through what the decoder remembers on all those before it. past: the
-    gradient goes on in that memory through so many latent frames before a rewarded one; what lies further back is a
-    constant. None: through all of them, which is exact.
+    A frame depends on its own latent frame, and through what the decoder remembers on all those
+    before it. past: the gradient goes on in that memory through so many latent frames before a
+    rewarded one; what lies further back is a constant. None: through all of them, which is
+    exact.
 
-    A few latent frames at a time are decoded under a checkpoint: what stays until the backward pass is the memory
-    before them (1.9 GB at 480x832 in bfloat16), not their activations.
+    A few latent frames at a time are decoded under a checkpoint: what stays until the backward
+    pass is the memory before them (1.9 GB at 480x832 in bfloat16), not their activations.
     """
     where, count = {latent_frame(frame) for frame in frames}, 1 + latent_frame(max(frames))
-    n = 1 if past is not None else 3  # per checkpoint; with all frames a third of the memories, or 80 GB are too few
+    # per checkpoint; with all frames a third of the memories, or 80 GB are too few
+    n = 1 if past is not None else 3
     past = count if past is None else past
     memory, video = {}, []
     for i in range(0, count, n):
         last = min(i + n, count) - 1
-        remembered = any(last < w <= last + past for w in where)  # by a rewarded frame further on
+        # by a rewarded frame further on
+        remembered = any(last < w <= last + past for w in where)
         graph = torch.is_grad_enabled() and (remembered or any(i <= w <= last for w in where))
         with torch.set_grad_enabled(graph):
             video.append(recomputed(vae.decode, latents[:, :, i:last + 1], memory))
         if not remembered:
-            memory = {module: x.detach() if torch.is_tensor(x) else x for module, x in memory.items()}
+            memory = {
+                module: x.detach() if torch.is_tensor(x) else x
+                for module, x in memory.items()
+            }
     return torch.cat(video, dim=2)[:, :, frames]
 
 
@@ -832,14 +938,15 @@ def rewarded_video(vae, latents, frames, past=None):
 # ----------------------------------------------------------------------------------------------------------
 # VAE: Wan 2.1's causal 3-D autoencoder, 8x in space and 4x in time; keys as in Wan2.1_VAE.pth
 #
-# Every module that looks back in time takes an optional `cache`: a plain dict, module -> the last frames it
-# saw. Without one a call starts a clip; with one it goes on where the last call stopped. Both run the same
-# lines, so a streamed clip equals the whole one however it is cut. In memory the channels come last
-# throughout, as the fast convolution kernels want them.
+# Every module that looks back in time takes an optional `cache`: a plain dict, module -> the
+# last frames it saw. Without one a call starts a clip; with one it goes on where the last call
+# stopped. Both run the same lines, so a streamed clip equals the whole one however it is cut.
+# In memory the channels come last throughout, as the fast convolution kernels want them.
 
 def suits_onednn(x):
     """Whether x is float32 on a CPU where torch has oneDNN."""
-    return x.device.type == 'cpu' and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return x.device.type == 'cpu' and x.dtype == torch.float32 and torch.backends.mkldnn.is_available(
+    )
 
 
 class CausalConv3d(nn.Conv3d):
@@ -853,26 +960,31 @@ class CausalConv3d(nn.Conv3d):
         past = self.kernel_size[0] - 1
         if past:
             before = None if cache is None else cache.get(self)
-            x = F.pad(x, (0, 0, 0, 0, past, 0)) if before is None else torch.cat([before, x], dim=2)
+            x = F.pad(x, (0, 0, 0, 0, past,
+                          0)) if before is None else torch.cat([before, x], dim=2)
             if cache is not None:
                 # a copy: a view would keep all of x alive
                 cache[self] = x[:, :, -past:].clone(memory_format=torch.channels_last_3d)
-        x = x.contiguous(memory_format=torch.channels_last_3d)  # not before: padding and joining may lose it
+        # not before: padding and joining may lose it
+        x = x.contiguous(memory_format=torch.channels_last_3d)
         if not torch.compiler.is_compiling() and x.shape[0] == 1 and suits_onednn(x):
             # for one small clip torch would take a plain kernel, which is ten times as slow
-            return torch.mkldnn_convolution(x, self.weight, self.bias, self.padding, self.stride, self.dilation, 1)
+            return torch.mkldnn_convolution(x, self.weight, self.bias, self.padding,
+                                            self.stride, self.dilation, 1)
         if x.is_cuda and past and self.in_channels % 64:
             return self.by_time_steps(x)
         return super().forward(x)
 
     def by_time_steps(self, x):
-        """The same as a sum of 2-D convolutions, one for each time step of the kernel: for the decoder's widest
-        pictures, of 96 channels, cuDNN has a fast kernel on Hopper in 2-D alone (310 against 216 TFLOP/s)."""
+        """The same as a sum of 2-D convolutions, one for each time step of the kernel: for the
+        decoder's widest pictures, of 96 channels, cuDNN has a fast kernel on Hopper in 2-D
+        alone (310 against 216 TFLOP/s)."""
         B, _, T, H, W = x.shape
         steps = self.kernel_size[0]
         out = self.bias.view(-1, 1, 1)
         for k in range(steps):
-            frames = x[:, :, k:k + T - steps + 1].transpose(1, 2).flatten(0, 1)  # (B T', C, H, W)
+            # (B T', C, H, W)
+            frames = x[:, :, k:k + T - steps + 1].transpose(1, 2).flatten(0, 1)
             out = out + F.conv2d(frames, self.weight[:, :, k], padding=self.padding[1:])
         return out.unflatten(0, (B, -1)).transpose(1, 2)
 
@@ -890,12 +1002,15 @@ class ChannelNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """norm, SiLU, conv, norm, SiLU, conv, plus the input. The empty places keep Wan's key numbers."""
+    """norm, SiLU, conv, norm, SiLU, conv, plus the input. The empty places keep Wan's key
+    numbers."""
 
     def __init__(self, c_in, c_out):
         super().__init__()
-        self.residual = nn.Sequential(ChannelNorm(c_in, silu=True), nn.Identity(), CausalConv3d(c_in, c_out, 3),
-                                      ChannelNorm(c_out, silu=True), nn.Identity(), nn.Identity(),
+        self.residual = nn.Sequential(ChannelNorm(c_in, silu=True), nn.Identity(),
+                                      CausalConv3d(c_in, c_out,
+                                                   3), ChannelNorm(c_out, silu=True),
+                                      nn.Identity(), nn.Identity(),
                                       CausalConv3d(c_out, c_out, 3))
         self.shortcut = CausalConv3d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
@@ -916,14 +1031,16 @@ class FrameAttention(nn.Module):
     def forward(self, x, cache=None):
         B, C, T, H, W = x.shape
         frames = x.transpose(1, 2).reshape(B * T, C, H, W)
-        q, k, v = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)
+        q, k, v = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(
+            3, dim=-1)
         out = F.scaled_dot_product_attention(q, k, v)  # (B T, 1, H W, C)
         out = self.proj(out.squeeze(1).transpose(1, 2).reshape(B * T, C, H, W))
         return x + out.view(B, T, C, H, W).transpose(1, 2)
 
 
 class Resample(nn.Module):
-    """Halve or double height and width, and with `time` also the frames (the first frame stays single)."""
+    """Halve or double height and width, and with `time` also the frames (the first frame stays
+    single)."""
 
     def __init__(self, dim, up, time):
         super().__init__()
@@ -933,11 +1050,13 @@ class Resample(nn.Module):
                                           nn.Conv2d(dim, dim // 2, 3, padding=1))
             self.time_conv = CausalConv3d(dim, dim * 2, (3, 1, 1)) if time else None
         else:
-            self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
+            self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)),
+                                          nn.Conv2d(dim, dim, 3, stride=2))
             self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if time else None
 
     def double_time(self, x, cache):
-        """The clip's first frame passes as it is and is no past to those after it (Wan's 'Rep')."""
+        """The clip's first frame passes as it is and is no past to those after it (Wan's
+        'Rep')."""
         first = None
         if cache is None or self not in cache:
             first, x = x[:, :, :1], x[:, :, 1:]
@@ -946,12 +1065,15 @@ class Resample(nn.Module):
             if x.shape[2] == 0:
                 return first
         B, C, T, H, W = x.shape
-        x = self.time_conv(x, cache).view(B, 2, C, T, H, W).permute(0, 3, 1, 4, 5, 2)  # (B, T, 2, H, W, C)
-        x = x.reshape(B, 2 * T, H, W, C).contiguous().movedim(-1, 1)  # for T = 1 the reshape is but a view
+        # (B, T, 2, H, W, C)
+        x = self.time_conv(x, cache).view(B, 2, C, T, H, W).permute(0, 3, 1, 4, 5, 2)
+        # for T = 1 the reshape is but a view
+        x = x.reshape(B, 2 * T, H, W, C).contiguous().movedim(-1, 1)
         return x if first is None else torch.cat([first, x], dim=2)
 
     def halve_time(self, x, cache):
-        """The clip's first frame passes as it is; each later pair is merged with the frame before it."""
+        """The clip's first frame passes as it is; each later pair is merged with the frame
+        before it."""
         last = None if cache is None else cache.get(self)
         if cache is not None:
             cache[self] = x[:, :, -1:].clone()
@@ -971,8 +1093,14 @@ class Resample(nn.Module):
 
 
 def middle_and_head(dim, head_in, head_out):
-    middle = nn.ModuleList([ResidualBlock(dim, dim), FrameAttention(dim), ResidualBlock(dim, dim)])
-    head = nn.ModuleList([ChannelNorm(head_in, silu=True), nn.Identity(), CausalConv3d(head_in, head_out, 3)])
+    middle = nn.ModuleList(
+        [ResidualBlock(dim, dim),
+         FrameAttention(dim),
+         ResidualBlock(dim, dim)])
+    head = nn.ModuleList(
+        [ChannelNorm(head_in, silu=True),
+         nn.Identity(),
+         CausalConv3d(head_in, head_out, 3)])
     return middle, head
 
 
@@ -1002,7 +1130,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents (B, z_dim, F, H/8, W/8) -> video (B, 3, T, H, W), not clamped.
 
-    `checkpointing`: recompute each layer in the backward pass instead of keeping its activations.
+    `checkpointing`: recompute each layer in the backward pass instead of keeping its
+    activations.
     """
     checkpointing = False
 
@@ -1029,10 +1158,11 @@ class Decoder(nn.Module):
 
 
 def recomputed(layer, x, cache):
-    """layer(x, cache), whose activations are computed again in the backward pass, from the past as it is now.
+    """layer(x, cache), whose activations are computed again in the backward pass, from the past
+    as it is now.
 
-    The past is given as inputs and comes back as outputs: what a checkpoint within another one closes over would stay
-    alive, what is given to it is recomputed with the rest.
+    The past is given as inputs and comes back as outputs: what a checkpoint within another one
+    closes over would stay alive, what is given to it is recomputed with the rest.
     """
     if cache is None:
         return checkpoint(layer, x)
@@ -1048,7 +1178,8 @@ def recomputed(layer, x, cache):
     return out
 
 
-# Per-channel statistics of Wan 2.1's latents (Wan2.1/wan/modules/vae.py); the model sees (mu - mean) / std.
+# Per-channel statistics of Wan 2.1's latents (Wan2.1/wan/modules/vae.py); the model sees (mu -
+# mean) / std.
 LATENT_MEAN = [-.7571, -.7089, -.9113, .1075, -.1745, .9653, -.1517, 1.5508,
                .4134, -.0715, .5517, -.3632, -.1922, -.9497, .2503, -.2921]
 LATENT_STD = [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
@@ -1062,20 +1193,24 @@ def per_channel(values, device):
 
 
 class WanVAE(nn.Module):
-    """Wan 2.1's video autoencoder. Video (B, 3, 1 + 4(F - 1), H, W) in [-1, 1] <-> latents (B, 16, F, H/8, W/8).
+    """Wan 2.1's video autoencoder. Video (B, 3, 1 + 4(F - 1), H, W) in [-1, 1] <-> latents (B,
+    16, F, H/8, W/8).
 
     Encoding gives the posterior mean, normalised per channel; decoding clamps to [-1, 1].
     """
 
     def __init__(self, dim=96, z_dim=16, dim_mult=(1, 2, 4, 4), num_res_blocks=2,
-                 temporal_downsample=(False, True, True), latent_mean=LATENT_MEAN, latent_std=LATENT_STD):
+                 temporal_downsample=(False, True, True), latent_mean=LATENT_MEAN,
+                 latent_std=LATENT_STD):
         super().__init__()
-        self.stride = (2 ** sum(temporal_downsample), *[2 ** (len(dim_mult) - 1)] * 2)  # frames, height, width
+        # frames, height, width
+        self.stride = (2 ** sum(temporal_downsample), *[2 ** (len(dim_mult) - 1)] * 2)
         self.z_dim = z_dim
         self.encoder = Encoder(dim, z_dim, list(dim_mult), num_res_blocks, temporal_downsample)
         self.conv1 = CausalConv3d(2 * z_dim, 2 * z_dim, 1)
         self.conv2 = CausalConv3d(z_dim, z_dim, 1)
-        self.decoder = Decoder(dim, z_dim, list(dim_mult), num_res_blocks, temporal_downsample[::-1])
+        self.decoder = Decoder(dim, z_dim, list(dim_mult), num_res_blocks,
+                               temporal_downsample[::-1])
         self.latent_mean, self.latent_std = tuple(latent_mean), tuple(latent_std)
 
     @property
@@ -1087,23 +1222,30 @@ class WanVAE(nn.Module):
         return per_channel(self.latent_std, self.conv2.weight.device)
 
     def encode(self, video):
-        """Video (B, 3, 1 + 4k, H, W) in [-1, 1] -> normalised latents (B, z_dim, 1 + k, H/8, W/8), float32."""
+        """Video (B, 3, 1 + 4k, H, W) in [-1, 1] -> normalised latents (B, z_dim, 1 + k, H/8,
+        W/8), float32."""
         st, sh, sw = self.stride
         B, C, T, H, W = video.shape
         if C != 3 or T % st != 1 or H % sh or W % sw:
-            raise ValueError(f'cannot encode a video of shape {tuple(video.shape)}: it must be (B, 3, T, H, W) '
-                             f'with T = 1 + {st}k frames, and height and width multiples of {sh}')
+            raise ValueError(f'cannot encode a video of shape {tuple(video.shape)}: it must be '
+                             f'(B, 3, T, H, W) with T = 1 + {st}k frames, and height and width '
+                             f'multiples of {sh}')
         cache, dtype = {}, self.conv1.weight.dtype
-        parts = [self.encoder(v.to(dtype), cache) for v in video.split([1] + [st] * (T // st), dim=2)]
+        parts = [
+            self.encoder(v.to(dtype), cache) for v in video.split([1] + [st] * (T // st), dim=2)
+        ]
         mu = self.conv1(torch.cat(parts, dim=2))[:, :self.z_dim]
         return (mu.float() - self.mean) / self.std
 
     def decode(self, latents, cache=None, at_once=1):
-        """Normalised latents (B, z_dim, F, h, w) -> video (B, 3, T, 8h, 8w) in [-1, 1], float32.
+        """Normalised latents (B, z_dim, F, h, w) -> video (B, 3, T, 8h, 8w) in [-1, 1],
+        float32.
 
-        Without a cache (or with an empty dict) the first latent frame gives one video frame and each later one
-        four; with the dict of an earlier call every latent frame gives four, and decoding goes on seamlessly.
-        at_once: how many latent frames pass the decoder together; 1 takes least memory, more are faster.
+        Without a cache (or with an empty dict) the first latent frame gives one video frame and
+        each later one four; with the dict of an earlier call every latent frame gives four, and
+        decoding goes on seamlessly.
+        at_once: how many latent frames pass the decoder together; 1 takes least memory, more
+        are faster.
         """
         if latents.ndim != 5 or latents.shape[1] != self.z_dim:
             raise ValueError(f'cannot decode latents of shape {tuple(latents.shape)}: '
@@ -1128,32 +1270,41 @@ NEGATIVE_PROMPT = ('色调艳丽，过曝，静态，细节模糊不清，字幕
                    '手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走')
 
 
-QUOTES = {**dict.fromkeys([0x02BC, *range(0x2018, 0x201C)], "'"), **dict.fromkeys(range(0x201C, 0x2020), '"'),
-          0xFEFF: None, 0x3000: ' '}  # what ftfy, which Wan calls, makes of these characters
+QUOTES = {
+    **dict.fromkeys([0x02BC, *range(0x2018, 0x201C)], "'"),
+    **dict.fromkeys(range(0x201C, 0x2020), '"'), 0xFEFF: None, 0x3000: ' '
+}  # what ftfy, which Wan calls, makes of these characters
 
 
 def clean_text(text):
-    """A prompt as Wan cleans it: HTML escapes undone (twice), curly quotes straight, full-width letters and digits plain,
-    composed (NFC), white space collapsed. Differs from Wan: mojibake, that is text decoded wrongly, stays."""
+    """A prompt as Wan cleans it: HTML escapes undone (twice), curly quotes straight, full-width
+    letters and digits plain, composed (NFC), white space collapsed. Differs from Wan: mojibake,
+    that is text decoded wrongly, stays."""
     text = html.unescape(html.unescape(text)).translate(QUOTES)
     text = re.sub('[\uFF01-\uFFEE]+', lambda wide: unicodedata.normalize('NFKC', wide[0]), text)
     return re.sub(r'\s+', ' ', unicodedata.normalize('NFC', text)).strip()
 
 
 def say_cut(process, prompts, reader, name):
-    """Say how many prompts are longer than what `reader`, a TextEncoder or an ImageReward, takes of them."""
+    """Say how many prompts are longer than what `reader`, a TextEncoder or an ImageReward,
+    takes of them."""
     if process.rank > 0:
         return  # a list may have hundreds of thousands
-    count = sum(len(ids) > reader.text_len for ids in reader.tokenizer([clean_text(p) for p in prompts]).input_ids)
+    count = sum(
+        len(ids) > reader.text_len
+        for ids in reader.tokenizer([clean_text(p) for p in prompts]).input_ids)
     if count:
-        process.print(f'{count} of {len(prompts)} prompts are cut at the {reader.text_len} tokens that {name} reads')
+        process.print(f'{count} of {len(prompts)} prompts are cut at the {reader.text_len} '
+                      f'tokens that {name} reads')
 
 
 class TextEncoder:
-    """UMT5 encoder and tokenizer: prompts -> (B, text_len, text_dim), rows past each prompt's length zero.
+    """UMT5 encoder and tokenizer: prompts -> (B, text_len, text_dim), rows past each prompt's
+    length zero.
 
-    A prompt is encoded once and by itself, so that its embedding does not depend on its neighbours, and the last 2048
-    are kept in CPU memory. offload: the encoder (11 GB for UMT5-XXL) is on `device` only while it encodes.
+    A prompt is encoded once and by itself, so that its embedding does not depend on its
+    neighbours, and the last 2048 are kept in CPU memory. offload: the encoder (11 GB for
+    UMT5-XXL) is on `device` only while it encodes.
     """
 
     def __init__(self, encoder, tokenizer, device='cpu', offload=False):
@@ -1167,9 +1318,11 @@ class TextEncoder:
     def encode(self, prompt):
         """str -> (its number of tokens, text_dim), on the CPU."""
         self.encoder.to(self.device)
-        tokens = self.tokenizer(clean_text(prompt), padding='max_length', max_length=self.text_len, truncation=True,
+        tokens = self.tokenizer(clean_text(prompt), padding='max_length',
+                                max_length=self.text_len, truncation=True,
                                 add_special_tokens=True, return_tensors='pt').to(self.device)
-        out = self.encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+        out = self.encoder(input_ids=tokens.input_ids,
+                           attention_mask=tokens.attention_mask).last_hidden_state
         return out[tokens.attention_mask.bool()].cpu()
 
     def __call__(self, prompts):
@@ -1186,83 +1339,109 @@ class TextEncoder:
 # ----------------------------------------------------------------------------------------------------------
 # ImageReward on transformers' BLIP modules; keys as in ImageReward.pt
 
-REWARD_SIZES = dict(image_size=224, patch_size=16, vision_dim=1024, vision_layers=24, vision_heads=16, text_dim=768,
-                    text_layers=12, text_heads=12, text_ffn=3072, vocab_size=30524)
+REWARD_SIZES = dict(image_size=224, patch_size=16, vision_dim=1024, vision_layers=24,
+                    vision_heads=16, text_dim=768, text_layers=12, text_heads=12, text_ffn=3072,
+                    vocab_size=30524)
 CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
 
 
 def clip_preprocess(images, size):
-    """(B, 3, H, W) in [-1, 1] -> (B, 3, size, size): antialiased bicubic resize of the shorter side, centre crop,
-    CLIP's normalisation. Antialiasing is what PIL does, and so what agrees with the published scores."""
+    """(B, 3, H, W) in [-1, 1] -> (B, 3, size, size): antialiased bicubic resize of the shorter
+    side, centre crop, CLIP's normalisation. Antialiasing is what PIL does, and so what agrees
+    with the published scores."""
     H, W = images.shape[-2:]
     shape = (size, int(size * W / H)) if H <= W else (int(size * H / W), size)
     x = (images / 2 + 0.5).clamp(0, 1)
     if shape != (H, W):
-        x = F.interpolate(x, shape, mode='bicubic', antialias=True, align_corners=False).clamp(0, 1)
+        x = F.interpolate(x, shape, mode='bicubic', antialias=True,
+                          align_corners=False).clamp(0, 1)
     top, left = round((shape[0] - size) / 2), round((shape[1] - size) / 2)
-    mean, std = (torch.tensor(c, device=x.device).view(1, 3, 1, 1) for c in (CLIP_MEAN, CLIP_STD))
+    mean, std = (torch.tensor(c, device=x.device).view(1, 3, 1, 1)
+                 for c in (CLIP_MEAN, CLIP_STD))
     return (x[:, :, top:top + size, left:left + size] - mean) / std
 
 
 class ImageReward(nn.Module):
-    """ImageReward (arXiv 2304.05977): BLIP's image encoder, BERT with cross-attention to it, and a linear head.
+    """ImageReward (arXiv 2304.05977): BLIP's image encoder, BERT with cross-attention to it,
+    and a linear head.
 
-    sizes: see REWARD_SIZES; `mean` and `std` standardise the head's output (defaults: ImageReward v1.0's).
-    The published scores are standardised so too: about 0 is average, and most images lie between -2 and 2.
+    sizes: see REWARD_SIZES; `mean` and `std` standardise the head's output (defaults:
+    ImageReward v1.0's). The published scores are standardised so too: about 0 is average, and
+    most images lie between -2 and 2.
     """
     text_len = 35  # tokens of a prompt
 
-    def __init__(self, tokenizer=None, mean=0.16717362830052426, std=1.0333394966054072, **sizes):
+    def __init__(self, tokenizer=None, mean=0.16717362830052426, std=1.0333394966054072,
+                 **sizes):
         from transformers import BlipVisionConfig, BlipVisionModel
         from transformers.models.blip.configuration_blip import BlipTextConfig
         from transformers.models.blip.modeling_blip_text import BlipTextModel
         super().__init__()
         s = {**REWARD_SIZES, **sizes}
-        self.image_size, self.mean, self.std, self.tokenizer = s['image_size'], mean, std, tokenizer
-        self.vision = BlipVisionModel(BlipVisionConfig(
-            hidden_size=s['vision_dim'], intermediate_size=4 * s['vision_dim'], num_hidden_layers=s['vision_layers'],
-            num_attention_heads=s['vision_heads'], image_size=s['image_size'], patch_size=s['patch_size'],
-            hidden_act='gelu', layer_norm_eps=1e-6))
-        self.text = BlipTextModel(BlipTextConfig(
-            vocab_size=s['vocab_size'], hidden_size=s['text_dim'], encoder_hidden_size=s['vision_dim'],
-            intermediate_size=s['text_ffn'], num_hidden_layers=s['text_layers'],
-            num_attention_heads=s['text_heads'], max_position_embeddings=512, layer_norm_eps=1e-12,
-            is_decoder=True,  # only builds the cross-attention
-            bos_token_id=None, eos_token_id=None, sep_token_id=None), add_pooling_layer=False)
+        self.image_size, self.mean, self.std, self.tokenizer = s[
+            'image_size'], mean, std, tokenizer
+        self.vision = BlipVisionModel(
+            BlipVisionConfig(hidden_size=s['vision_dim'], intermediate_size=4 * s['vision_dim'],
+                             num_hidden_layers=s['vision_layers'],
+                             num_attention_heads=s['vision_heads'], image_size=s['image_size'],
+                             patch_size=s['patch_size'], hidden_act='gelu',
+                             layer_norm_eps=1e-6))
+        self.text = BlipTextModel(
+            BlipTextConfig(
+                vocab_size=s['vocab_size'],
+                hidden_size=s['text_dim'],
+                encoder_hidden_size=s['vision_dim'],
+                intermediate_size=s['text_ffn'],
+                num_hidden_layers=s['text_layers'],
+                num_attention_heads=s['text_heads'],
+                max_position_embeddings=512,
+                layer_norm_eps=1e-12,
+                is_decoder=True,  # only builds the cross-attention
+                bos_token_id=None,
+                eos_token_id=None,
+                sep_token_id=None),
+            add_pooling_layer=False)
         widths = [s['text_dim'], 1024, 128, 64, 16, 1]
         linears = [nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:])]
-        # no activation between them; the dropouts (0.2, 0.2, 0.1) hold the published key numbers
-        self.mlp = nn.Sequential(linears[0], nn.Dropout(0.2), linears[1], nn.Dropout(0.2), linears[2],
-                                 nn.Dropout(0.1), linears[3], linears[4])
+        # no activation between them; the dropouts (0.2, 0.2, 0.1) hold the published key
+        # numbers
+        self.mlp = nn.Sequential(linears[0], nn.Dropout(0.2), linears[1], nn.Dropout(0.2),
+                                 linears[2], nn.Dropout(0.1), linears[3], linears[4])
 
     def forward(self, images, ids, mask):
-        """Normalised images (B, 3, S, S), token ids and mask (B, 35) -> standardised rewards (B,)."""
+        """Normalised images (B, 3, S, S), token ids and mask (B, 35) -> standardised rewards
+        (B,)."""
         seen = self.vision(images).last_hidden_state  # (B, 1 + patches, C)
         words = self.text(input_ids=ids, attention_mask=mask, encoder_hidden_states=seen,
                           is_decoder=False).last_hidden_state
         return (self.mlp(words[:, 0].float()).squeeze(-1) - self.mean) / self.std
 
     def score(self, images, prompts):
-        """images (B, 3, H, W) in [-1, 1], B prompts -> rewards (B,); differentiable in the images."""
+        """images (B, 3, H, W) in [-1, 1], B prompts -> rewards (B,); differentiable in the
+        images."""
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[0] != len(prompts):
-            raise ValueError(f'images {tuple(images.shape)} must be (B, 3, H, W) with one prompt each, '
-                             f'got {len(prompts)} prompts')
-        words = self.tokenizer(list(prompts), padding='max_length', truncation=True, max_length=self.text_len,
-                               return_tensors='pt').to(images.device)
-        return self(clip_preprocess(images, self.image_size), words.input_ids, words.attention_mask)
+            raise ValueError(f'images {tuple(images.shape)} must be (B, 3, H, W) with one '
+                             f'prompt each, got {len(prompts)} prompts')
+        words = self.tokenizer(list(prompts), padding='max_length', truncation=True,
+                               max_length=self.text_len, return_tensors='pt').to(images.device)
+        return self(clip_preprocess(images, self.image_size), words.input_ids,
+                    words.attention_mask)
 
     @staticmethod
     def published_key(key):
         """Our parameter name -> the name in ImageReward.pt."""
-        key = rename(key, [('vision.embeddings.class_embedding', 'blip.visual_encoder.cls_token'),
-                           ('vision.embeddings.position_embedding', 'blip.visual_encoder.pos_embed'),
-                           ('vision.embeddings.patch_embedding.', 'blip.visual_encoder.patch_embed.proj.'),
-                           ('vision.post_layernorm.', 'blip.visual_encoder.norm.'),
-                           ('vision.encoder.layers.', 'blip.visual_encoder.blocks.'),
-                           ('text.', 'blip.text_encoder.'), ('mlp.', 'mlp.layers.')])
+        key = rename(
+            key,
+            [('vision.embeddings.class_embedding', 'blip.visual_encoder.cls_token'),
+             ('vision.embeddings.position_embedding', 'blip.visual_encoder.pos_embed'),
+             ('vision.embeddings.patch_embedding.', 'blip.visual_encoder.patch_embed.proj.'),
+             ('vision.post_layernorm.', 'blip.visual_encoder.norm.'),
+             ('vision.encoder.layers.', 'blip.visual_encoder.blocks.'),
+             ('text.', 'blip.text_encoder.'), ('mlp.', 'mlp.layers.')])
         if key.startswith('blip.visual_encoder.blocks.'):
             key = rename(key, [('.layer_norm1.', '.norm1.'), ('.layer_norm2.', '.norm2.'),
-                               ('.self_attn.qkv.', '.attn.qkv.'), ('.self_attn.projection.', '.attn.proj.')])
+                               ('.self_attn.qkv.', '.attn.qkv.'),
+                               ('.self_attn.projection.', '.attn.proj.')])
         return key
 
 
@@ -1278,18 +1457,20 @@ def frame_reward(model):
 
 
 def load_function(name, flag, known):
-    """The callable that `module:function` names; the module may lie in the current folder. flag and known: what the
-    user wrote it after, and what else could stand there."""
+    """The callable that `module:function` names; the module may lie in the current folder. flag
+    and known: what the user wrote it after, and what else could stand there."""
     module, _, function = name.removeprefix('./').partition(':')
     sys.path.insert(0, '')
     try:
-        found = getattr(importlib.import_module(module.removesuffix('.py').replace('/', '.')), function)
+        found = getattr(importlib.import_module(module.removesuffix('.py').replace('/', '.')),
+                        function)
         if not callable(found):
             raise ValueError(f'{function} cannot be called')
         return found
     except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f'{flag} {name} cannot be loaded ({error}): give {known}, or module:function of a callable '
-                         '(video (B, 3, T, H, W), prompts) -> (B,)') from error
+        raise InputError(f'{flag} {name} cannot be loaded ({error}): give {known}, or '
+                         'module:function of a callable (video (B, 3, T, H, W), prompts) -> '
+                         '(B,)') from error
 
 
 # ==========================================================================================================
@@ -1297,30 +1478,35 @@ def load_function(name, flag, known):
 # ==========================================================================================================
 
 # ----------------------------------------------------------------------------------------------------------
-# Loading: model folders and hub repositories in both public layouts, and every generator checkpoint in the wild
+# Loading: model folders and hub repositories in both public layouts, and every generator
+# checkpoint in the wild
 
 @contextlib.contextmanager
 def understanding(path):
-    """Around the few lines that take a file of another project apart, or hand it to its package: whatever it lacks, or
-    holds instead, becomes one sentence that names it."""
+    """Around the few lines that take a file of another project apart, or hand it to its
+    package: whatever it lacks, or holds instead, becomes one sentence that names it."""
     try:
         yield
     except (InputError, MemoryError, torch.OutOfMemoryError, ImportError):
         raise  # a sentence already, or the machine's
     except Exception as error:
-        raise InputError(f'{path} is damaged or of an unknown form ({type(error).__name__}: {first_line(error)})'
+        raise InputError(f'{path} is damaged or of an unknown form ({type(error).__name__}: '
+                         f'{first_line(error)})'
                          ) from error
 
 
 def pretrained(kind, name, dtype=torch.float32, **kwargs):
-    """A transformers model of class `kind` from a folder or hub repository, frozen. One that lacks tensors is an
-    InputError; transformers alone would fill them with random numbers."""
+    """A transformers model of class `kind` from a folder or hub repository, frozen. One that
+    lacks tensors is an InputError; transformers alone would fill them with random numbers."""
     from transformers.utils import logging
-    logging.disable_progress_bar()  # its "Loading weights" would be the first line that a user sees
+    # its "Loading weights" would be the first line that a user sees
+    logging.disable_progress_bar()
     with understanding(name):
-        model, info = kind.from_pretrained(name, output_loading_info=True, dtype=dtype, **kwargs)
+        model, info = kind.from_pretrained(name, output_loading_info=True, dtype=dtype,
+                                           **kwargs)
     if info['missing_keys']:
-        raise InputError(f'{name} lacks {len(info["missing_keys"])} of its tensors; it must hold a {kind.__name__}')
+        raise InputError(f'{name} lacks {len(info["missing_keys"])} of its tensors; it must '
+                         f'hold a {kind.__name__}')
     return model.eval().requires_grad_(False)
 
 
@@ -1340,14 +1526,16 @@ def load_clip(name, device='cpu'):
 def aesthetic_head(file, width, device='cpu'):
     """LAION's linear head on unit CLIP features: weight (1, width), bias (1,)."""
     state = read_state(find_file(file))[0]
-    if {key: tuple(value.shape) for key, value in state.items()} != {'weight': (1, width), 'bias': (1,)}:
-        raise InputError(f'{file} is no aesthetic head for CLIP features of {width} numbers: it must hold weight '
-                         f'(1, {width}) and bias (1,)')
+    if {key: tuple(value.shape)
+            for key, value in state.items()} != {'weight': (1, width), 'bias': (1, )}:
+        raise InputError(f'{file} is no aesthetic head for CLIP features of {width} numbers: '
+                         f'it must hold weight (1, {width}) and bias (1,)')
     return state['weight'].float().to(device), state['bias'].float().to(device)
 
 
 def rename(key, pairs):
-    """Replace key pieces. A piece that starts with a dot is replaced anywhere, any other only at the front."""
+    """Replace key pieces. A piece that starts with a dot is replaced anywhere, any other only
+    at the front."""
     for old, new in pairs:
         if old.startswith('.'):
             key = key.replace(old, new)
@@ -1364,44 +1552,55 @@ def dit_diffusers_key(key):
                         ('text_embedding.2.', 'condition_embedder.text_embedder.linear_2.'),
                         ('time_projection.1.', 'condition_embedder.time_proj.'),
                         ('head.head.', 'proj_out.'), ('head.modulation', 'scale_shift_table'),
-                        ('.modulation', '.scale_shift_table'), ('.self_attn.', '.attn1.'), ('.cross_attn.', '.attn2.'),
-                        ('.q.', '.to_q.'), ('.k.', '.to_k.'), ('.v.', '.to_v.'), ('.o.', '.to_out.0.'),
-                        ('.norm3.', '.norm2.'), ('.ffn.0.', '.ffn.net.0.proj.'), ('.ffn.2.', '.ffn.net.2.')])
+                        ('.modulation', '.scale_shift_table'), ('.self_attn.', '.attn1.'),
+                        ('.cross_attn.', '.attn2.'), ('.q.', '.to_q.'), ('.k.', '.to_k.'),
+                        ('.v.', '.to_v.'), ('.o.', '.to_out.0.'), ('.norm3.', '.norm2.'),
+                        ('.ffn.0.', '.ffn.net.0.proj.'), ('.ffn.2.', '.ffn.net.2.')])
 
 
 def vae_diffusers_key(key, num_res_blocks):
     """Wan2.1_VAE.pth's key -> the name in diffusers' AutoencoderKLWan."""
     def up(match):  # each level: num_res_blocks + 1 residual blocks, then the upsampler
         level, j = divmod(int(match[1]), num_res_blocks + 2)
-        return f'decoder.up_blocks.{level}.' + (f'resnets.{j}.' if j <= num_res_blocks else 'upsamplers.0.')
+        return f'decoder.up_blocks.{level}.' + (f'resnets.{j}.'
+                                                if j <= num_res_blocks else 'upsamplers.0.')
     key = re.sub(r'^decoder\.upsamples\.(\d+)\.', up, key)
     key = rename(key, [('conv1.', 'quant_conv.'), ('conv2.', 'post_quant_conv.'),
-                       ('encoder.conv1.', 'encoder.conv_in.'), ('decoder.conv1.', 'decoder.conv_in.'),
+                       ('encoder.conv1.', 'encoder.conv_in.'),
+                       ('decoder.conv1.', 'decoder.conv_in.'),
                        ('encoder.downsamples.', 'encoder.down_blocks.')])
-    return rename(key, [('.head.0.', '.norm_out.'), ('.head.2.', '.conv_out.'), ('.shortcut.', '.conv_shortcut.'),
-                        ('.middle.0.', '.mid_block.resnets.0.'), ('.middle.1.', '.mid_block.attentions.0.'),
+    return rename(key, [('.head.0.', '.norm_out.'), ('.head.2.', '.conv_out.'),
+                        ('.shortcut.', '.conv_shortcut.'),
+                        ('.middle.0.', '.mid_block.resnets.0.'),
+                        ('.middle.1.', '.mid_block.attentions.0.'),
                         ('.middle.2.', '.mid_block.resnets.1.'), ('.residual.0.', '.norm1.'),
-                        ('.residual.2.', '.conv1.'), ('.residual.3.', '.norm2.'), ('.residual.6.', '.conv2.')])
+                        ('.residual.2.', '.conv1.'), ('.residual.3.', '.norm2.'),
+                        ('.residual.6.', '.conv2.')])
 
 
 def t5_key(key):
     """models_t5_umt5-xxl-enc-bf16.pth's key -> the name in transformers' UMT5EncoderModel."""
-    return rename(key, [('token_embedding.', 'shared.'), ('norm.', 'encoder.final_layer_norm.'),
-                        ('blocks.', 'encoder.block.'), ('.norm1.', '.layer.0.layer_norm.'),
-                        ('.norm2.', '.layer.1.layer_norm.'), ('.attn.', '.layer.0.SelfAttention.'),
-                        ('.pos_embedding.embedding.', '.layer.0.SelfAttention.relative_attention_bias.'),
-                        ('.ffn.gate.0.', '.layer.1.DenseReluDense.wi_0.'),
-                        ('.ffn.fc1.', '.layer.1.DenseReluDense.wi_1.'), ('.ffn.fc2.', '.layer.1.DenseReluDense.wo.')])
+    return rename(
+        key, [('token_embedding.', 'shared.'), ('norm.', 'encoder.final_layer_norm.'),
+              ('blocks.', 'encoder.block.'), ('.norm1.', '.layer.0.layer_norm.'),
+              ('.norm2.', '.layer.1.layer_norm.'), ('.attn.', '.layer.0.SelfAttention.'),
+              ('.pos_embedding.embedding.', '.layer.0.SelfAttention.relative_attention_bias.'),
+              ('.ffn.gate.0.', '.layer.1.DenseReluDense.wi_0.'),
+              ('.ffn.fc1.', '.layer.1.DenseReluDense.wi_1.'),
+              ('.ffn.fc2.', '.layer.1.DenseReluDense.wo.')])
 
 
 LFS_SIGN, LFS_FILE = 'version https://git-lfs', 'a Git-LFS pointer, not the file itself: fetch it with git lfs pull'
 OTHER_FILES = {LFS_SIGN.encode(): LFS_FILE,
-               b'GGUF': 'a GGUF file, whose quantised weights are not supported: take safetensors',
-               b'<': 'a web page, not weights: download the file itself, not the page that shows it'}
+               b'GGUF': 'a GGUF file, whose quantised weights are not supported: take '
+                        'safetensors',
+               b'<': 'a web page, not weights: download the file itself, not the page that '
+                     'shows it'}
 
 
 def read_weights(path):
-    """A safetensors file, or a pickle that holds only tensors -> (contents, metadata). Its first bytes say which."""
+    """A safetensors file, or a pickle that holds only tensors -> (contents, metadata). Its
+    first bytes say which."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f'no file {path}: check the path')
@@ -1418,18 +1617,21 @@ def read_weights(path):
             from safetensors import safe_open
             with safe_open(path, 'pt') as file:
                 return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-        mapped = start[:2] == b'PK' and path.suffix != '.safetensors'  # by which torch.load itself would go
+        # by which torch.load itself would go
+        mapped = start[:2] == b'PK' and path.suffix != '.safetensors'
         source = path if mapped else io.BytesIO(path.read_bytes())
         return torch.load(source, map_location='cpu', weights_only=True, mmap=mapped), {}
     except Exception as error:
         reason = 'it is damaged, truncated or not a weight file'
         if 'Unsupported global' in str(error):  # weights_only has refused a class or function
             reason = 'it holds objects other than tensors, which could run code'
-        raise InputError(f'cannot read {path}: {reason}; download it again or convert it to safetensors') from error
+        raise InputError(f'cannot read {path}: {reason}; download it again or convert it to '
+                         'safetensors') from error
 
 
 def read_state(path):
-    """A weight file that must hold tensors by their names, and nothing else -> (state dict, metadata)."""
+    """A weight file that must hold tensors by their names, and nothing else -> (state dict,
+    metadata)."""
     state, metadata = read_weights(path)
     if not is_state(state):
         raise InputError(f'{path} holds no state dict: expected tensors by their names')
@@ -1437,7 +1639,8 @@ def read_state(path):
 
 
 def is_state(x):
-    return isinstance(x, dict) and all(isinstance(k, str) and torch.is_tensor(v) for k, v in x.items())
+    return isinstance(x, dict) and all(
+        isinstance(k, str) and torch.is_tensor(v) for k, v in x.items())
 
 
 def read_folder(folder, stem='diffusion_pytorch_model'):
@@ -1447,7 +1650,9 @@ def read_folder(folder, stem='diffusion_pytorch_model'):
     files = [folder / f'{stem}.safetensors']
     if index.exists():
         with understanding(index):
-            files = [folder / name for name in sorted(set(read_json(index)['weight_map'].values()))]
+            files = [
+                folder / name for name in sorted(set(read_json(index)['weight_map'].values()))
+            ]
     return {key: tensor for file in files for key, tensor in read_state(file)[0].items()}
 
 
@@ -1456,7 +1661,8 @@ def read_text(path):
     try:
         text = Path(path).read_text(encoding='utf-8-sig')
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f'cannot read {path}: {getattr(error, "strerror", None) or error}') from error
+        raise InputError(
+            f'cannot read {path}: {getattr(error, "strerror", None) or error}') from error
     if text.startswith(LFS_SIGN):
         raise InputError(f'{path} is {LFS_FILE}')
     if '\0' in text:
@@ -1477,12 +1683,16 @@ def read_json(path, kind=None):
     return content
 
 
-DIT_FILES, VAE_FILES = ['diffusion_pytorch_model*', 'transformer/*'], ['Wan2.1_VAE.pth', 'vae/*']
-TEXT_FILES = ['models_t5_umt5-xxl-enc-bf16.pth', 'google/umt5-xxl/*', 'text_encoder/*', 'tokenizer/*']
+DIT_FILES, VAE_FILES = ['diffusion_pytorch_model*',
+                        'transformer/*'], ['Wan2.1_VAE.pth', 'vae/*']
+TEXT_FILES = [
+    'models_t5_umt5-xxl-enc-bf16.pth', 'google/umt5-xxl/*', 'text_encoder/*', 'tokenizer/*'
+]
 
 
 def find_folder(name, patterns=(*DIT_FILES, *VAE_FILES, *TEXT_FILES)):
-    """--model: a folder, or a hub repository (owner/name), whose files that match `patterns` are downloaded."""
+    """--model: a folder, or a hub repository (owner/name), whose files that match `patterns`
+    are downloaded."""
     path = Path(name)
     if path.is_dir():
         return path
@@ -1499,15 +1709,18 @@ def find_file(name):
     path = Path(name)
     if path.exists() or ':' not in str(name):
         if not path.is_file():
-            raise InputError(f'no checkpoint file {name}: give a file, or repository:path on the hub')
+            raise InputError(f'no checkpoint file {name}: give a file, or repository:path on '
+                             'the hub')
         return path
     from huggingface_hub import hf_hub_download
     repository, file = str(name).split(':', 1)
     found = from_hub(f'{name} is no file here', hf_hub_download, repository, file)
-    if 'lora' in file.lower() or 'adapter' in file.lower():  # what PEFT says of an adapter lies beside it, if at all
+    # what PEFT says of an adapter lies beside it, if at all
+    if 'lora' in file.lower() or 'adapter' in file.lower():
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
         with contextlib.suppress(EntryNotFoundError, LocalEntryNotFoundError):
-            hf_hub_download(repository, str(PurePosixPath(file).with_name('adapter_config.json')))
+            hf_hub_download(repository,
+                            str(PurePosixPath(file).with_name('adapter_config.json')))
     return found
 
 
@@ -1521,16 +1734,23 @@ def from_hub(what, download, *args, **kwargs):
 
 
 def load_exactly(model, state, source):
-    """Load a state dict whose keys and shapes must all fit; otherwise an exact account of what does not."""
+    """Load a state dict whose keys and shapes must all fit; otherwise an exact account of what
+    does not."""
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     missing = [key for key in expected if key not in state]
     extra = [key for key in state if key not in expected]
     shapes = [f'{key} {tuple(state[key].shape)} instead of {expected[key]}' for key in expected
               if key in state and tuple(state[key].shape) != expected[key]]
     if missing or extra or shapes:
-        parts = [f'{len(keys)} {what} ({", ".join(keys[:3])}{", ..." if len(keys) > 3 else ""})' for what, keys in
-                 (('missing', missing), ('unexpected', extra), ('of another shape', shapes)) if keys]
-        raise InputError(f'{source} does not fit this model: of {len(expected)} tensors, ' + '; '.join(parts))
+        parts = [
+            f'{len(keys)} {what} '
+            f'({", ".join(keys[:3])}{", ..." if len(keys) > 3 else ""})'
+            for what, keys in (('missing', missing), ('unexpected', extra), ('of another shape',
+                                                                             shapes))
+            if keys
+        ]
+        raise InputError(f'{source} does not fit this model: of {len(expected)} tensors, ' +
+                         '; '.join(parts))
     model.load_state_dict(state, assign=True)
     return model
 
@@ -1544,26 +1764,31 @@ def load_config(folder):
     folder = Path(folder)
     if not is_diffusers(folder):
         if (folder / 'high_noise_model').is_dir():
-            raise InputError(f'{folder} has two experts (high_noise_model): Wan 2.2 is not supported')
+            raise InputError(f'{folder} has two experts (high_noise_model): Wan 2.2 is not '
+                             'supported')
         raw = read_json(folder / 'config.json', dict)
         if raw.get('model_type', 't2v') != 't2v':
-            raise InputError(f'{folder} is a {raw["model_type"]} model: only text-to-video (t2v) models are supported')
+            raise InputError(f'{folder} is a {raw["model_type"]} model: only text-to-video '
+                             '(t2v) models are supported')
         known = {f.name for f in dataclasses.fields(WanConfig)}
         with understanding(folder / 'config.json'):
             return WanConfig(**{key: value for key, value in raw.items() if key in known})
     index = read_json(folder / 'model_index.json', dict)
     with understanding(folder / 'model_index.json'):
         if index.get('boundary_ratio') or any(index.get('transformer_2') or ()):
-            raise InputError(f'{folder} has two experts (transformer_2, boundary_ratio): Wan 2.2 is not supported')
+            raise InputError(f'{folder} has two experts (transformer_2, boundary_ratio): Wan '
+                             '2.2 is not supported')
     raw = read_json(folder / 'transformer/config.json', dict)
     if raw.get('image_dim') or raw.get('added_kv_proj_dim'):
-        raise InputError(f'{folder} is an image-to-video model: only text-to-video models are supported')
+        raise InputError(f'{folder} is an image-to-video model: only text-to-video models are '
+                         'supported')
     with understanding(folder / 'transformer/config.json'):
-        return WanConfig(
-            dim=raw['num_attention_heads'] * raw['attention_head_dim'], ffn_dim=raw['ffn_dim'],
-            num_heads=raw['num_attention_heads'], num_layers=raw['num_layers'], freq_dim=raw['freq_dim'],
-            text_dim=raw['text_dim'], in_dim=raw['in_channels'], out_dim=raw['out_channels'],
-            patch_size=raw['patch_size'], eps=raw['eps'])
+        return WanConfig(dim=raw['num_attention_heads'] * raw['attention_head_dim'],
+                         ffn_dim=raw['ffn_dim'], num_heads=raw['num_attention_heads'],
+                         num_layers=raw['num_layers'], freq_dim=raw['freq_dim'],
+                         text_dim=raw['text_dim'], in_dim=raw['in_channels'],
+                         out_dim=raw['out_channels'], patch_size=raw['patch_size'],
+                         eps=raw['eps'])
 
 
 def load_dit(name, dtype=torch.float32, device='cpu'):
@@ -1577,52 +1802,67 @@ def load_dit(name, dtype=torch.float32, device='cpu'):
 
 
 def load_vae(name, dtype=torch.float32, device='cpu', **sizes):
-    """The VAE of a model folder or hub repository. sizes: of one in Wan's own layout, which does not say them, where
-    they are not the published ones; see `WanVAE`."""
+    """The VAE of a model folder or hub repository. sizes: of one in Wan's own layout, which
+    does not say them, where they are not the published ones; see `WanVAE`."""
     folder = find_folder(name, VAE_FILES)
     if is_diffusers(folder):
         raw = read_json(folder / 'vae/config.json', dict)
         if raw.get('is_residual') or raw.get('patch_size'):
-            raise InputError(f'{folder}/vae has the Wan 2.2 layout: only the Wan 2.1 VAE is supported')
+            raise InputError(f'{folder}/vae has the Wan 2.2 layout: only the Wan 2.1 VAE is '
+                             'supported')
         with understanding(folder / 'vae/config.json'):
             vae = WanVAE(dim=raw['base_dim'], z_dim=raw['z_dim'], dim_mult=raw['dim_mult'],
-                         num_res_blocks=raw['num_res_blocks'], temporal_downsample=raw['temperal_downsample'],
+                         num_res_blocks=raw['num_res_blocks'],
+                         temporal_downsample=raw['temperal_downsample'],
                          latent_mean=raw['latents_mean'], latent_std=raw['latents_std'])
         names = {vae_diffusers_key(key, raw['num_res_blocks']): key for key in vae.state_dict()}
-        state = {names.get(key, key): value for key, value in read_folder(folder / 'vae').items()}
+        state = {
+            names.get(key, key): value
+            for key, value in read_folder(folder / 'vae').items()
+        }
     else:
         vae, state = WanVAE(**sizes), read_state(folder / 'Wan2.1_VAE.pth')[0]
-    return load_exactly(vae, state, f'{folder} (VAE)').to(device, dtype).eval().requires_grad_(False)
+    return load_exactly(vae, state, f'{folder} (VAE)').to(device,
+                                                          dtype).eval().requires_grad_(False)
 
 
-UMT5_XXL = dict(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
+UMT5_XXL = dict(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24,
+                num_heads=64)
 
 
 def load_text_encoder(name, dtype=torch.float32, device='cpu', offload=False, sizes=UMT5_XXL):
-    """The UMT5 encoder and tokenizer of a model folder or hub repository, as a `TextEncoder`. sizes: of an encoder in
-    Wan's own layout, which does not say them."""
+    """The UMT5 encoder and tokenizer of a model folder or hub repository, as a `TextEncoder`.
+    sizes: of an encoder in Wan's own layout, which does not say them."""
     from transformers import UMT5Config, UMT5EncoderModel
     folder = find_folder(name, TEXT_FILES)
-    # By tokenizer.json, not AutoTokenizer: the T5Tokenizer that Wan's config names has another unknown word.
-    tokenizer = load_tokenizer(folder / ('tokenizer' if is_diffusers(folder) else 'google/umt5-xxl'),
-                               'PreTrainedTokenizerFast')
+    # By tokenizer.json, not AutoTokenizer: the T5Tokenizer that Wan's config names has another
+    # unknown word.
+    tokenizer = load_tokenizer(
+        folder / ('tokenizer' if is_diffusers(folder) else 'google/umt5-xxl'),
+        'PreTrainedTokenizerFast')
     if is_diffusers(folder):
-        return TextEncoder(pretrained(UMT5EncoderModel, folder / 'text_encoder', dtype), tokenizer, device, offload)
+        return TextEncoder(pretrained(UMT5EncoderModel, folder / 'text_encoder', dtype),
+                           tokenizer, device, offload)
     file = folder / 'models_t5_umt5-xxl-enc-bf16.pth'
     state = {t5_key(key): value for key, value in read_state(file)[0].items()}
     with torch.device('meta'):
-        encoder = UMT5EncoderModel(UMT5Config(**sizes, feed_forward_proj='gated-gelu', layer_norm_epsilon=1e-6))
+        encoder = UMT5EncoderModel(
+            UMT5Config(**sizes, feed_forward_proj='gated-gelu', layer_norm_epsilon=1e-6))
     if 'shared.weight' in state:
         state['encoder.embed_tokens.weight'] = state['shared.weight']
-    load_exactly(encoder, state, file).set_input_embeddings(encoder.shared)  # one table again, not two
+    # one table again, not two
+    load_exactly(encoder, state, file).set_input_embeddings(encoder.shared)
     return TextEncoder(encoder.to(dtype), tokenizer, device, offload)
 
 
 def load_image_reward(name, device='cpu'):
-    """ImageReward from a folder or hub repository: ImageReward.pt (the published sizes), or ImageReward.safetensors
-    with its sizes as JSON under `config` in the metadata. Words: a tokenizer/ beside it, else bert-base-uncased."""
+    """ImageReward from a folder or hub repository: ImageReward.pt (the published sizes), or
+    ImageReward.safetensors with its sizes as JSON under `config` in the metadata. Words: a
+    tokenizer/ beside it, else bert-base-uncased."""
     folder = find_folder(name, ['ImageReward.*', 'med_config.json', 'tokenizer/*'])
-    file = next((folder / f for f in ('ImageReward.safetensors', 'ImageReward.pt') if (folder / f).exists()), None)
+    file = next((folder / f
+                 for f in ('ImageReward.safetensors', 'ImageReward.pt')
+                 if (folder / f).exists()), None)
     if file is None:
         raise InputError(f'{folder} holds neither ImageReward.pt nor ImageReward.safetensors')
     state, metadata = read_state(file)
@@ -1631,8 +1871,13 @@ def load_image_reward(name, device='cpu'):
     with understanding(file):
         model = ImageReward(tokenizer, **json.loads(metadata.get('config', '{}')))
     names = {ImageReward.published_key(key): key for key in model.state_dict()}
-    unused = ('blip.vision_proj.', 'blip.text_proj.', 'blip.text_encoder.embeddings.position_ids')
-    state = {names.get(key, key): value.float() for key, value in state.items() if not key.startswith(unused)}
+    unused = ('blip.vision_proj.', 'blip.text_proj.',
+              'blip.text_encoder.embeddings.position_ids')
+    state = {
+        names.get(key, key): value.float()
+        for key, value in state.items()
+        if not key.startswith(unused)
+    }
     return load_exactly(model, state, file).to(device).eval().requires_grad_(False)
 
 
@@ -1641,23 +1886,30 @@ ADAPTER = re.compile(r'(.+?)\.((?:lora_|dora_|hada_|lokr_|oft_|alpha$|diff$|diff
 
 
 def native_keys(state, expected):
-    """A DiT state dict under any public naming -> Wan's own keys. Parts of an adapter come out as <module>.lora_A.weight,
-    lora_B.weight, lora_B.bias, alpha, diff and diff_b; others under the name that they have.
+    """A DiT state dict under any public naming -> Wan's own keys. Parts of an adapter come out
+    as <module>.lora_A.weight, lora_B.weight, lora_B.bias, alpha, diff and diff_b; others under
+    the name that they have.
 
     expected: the model's own state dict (for the diffusers names).
     """
     names = {dit_diffusers_key(key): key for key in expected}
     diffusers = any(piece in key for key in state for piece in
                     ('condition_embedder.', '.attn1.', '.attn2.', '.ffn.net.'))
-    flat = {name.removesuffix('.weight').replace('.', '_'): key.removesuffix('.weight')
-            for theirs, key in names.items() for name in (theirs, key)}  # kohya's names have no dots
+    flat = {
+        name.removesuffix('.weight').replace('.', '_'): key.removesuffix('.weight')
+        for theirs, key in names.items()
+        for name in (theirs, key)
+    }  # kohya's names have no dots
     out = {}
     for key, value in state.items():
-        for wrapper in ('_fsdp_wrapped_module.', '_checkpoint_wrapped_module.', '_orig_mod.', '.base_layer'):
+        for wrapper in ('_fsdp_wrapped_module.', '_checkpoint_wrapped_module.', '_orig_mod.',
+                        '.base_layer'):
             key = key.replace(wrapper, '')
-        prefixes = ('base_model.model.', 'diffusion_model.', 'transformer.', 'model.', 'net.', 'module.', 'lora_unet_')
+        prefixes = ('base_model.model.', 'diffusion_model.', 'transformer.', 'model.', 'net.',
+                    'module.', 'lora_unet_')
         while any(key.startswith(prefix) for prefix in prefixes):
-            key = key.removeprefix(next(prefix for prefix in prefixes if key.startswith(prefix)))
+            key = key.removeprefix(next(prefix for prefix in prefixes
+                                        if key.startswith(prefix)))
         if key in ('freqs', 'n_averaged') or key.startswith('accum_') or \
                 any(head in key for head in ('_cls_pred_branch.', '_register_tokens', '_gan_ca_blocks.')):
             continue  # a RoPE table, counters, a critic's head
@@ -1667,25 +1919,31 @@ def native_keys(state, expected):
             if diffusers:
                 module = names.get(f'{module}.weight', module).removesuffix('.weight')
             part = part.replace('lora_down', 'lora_A').replace('lora_up', 'lora_B')
-            key = f'{module}.' + re.sub(r'^(lora_[AB])\.[^.]+\.', r'\1.', part)  # an adapter's name between them
+            # an adapter's name between them
+            key = f'{module}.' + re.sub(r'^(lora_[AB])\.[^.]+\.', r'\1.', part)
         elif diffusers:
             key = names.get(key, key)
-        if key == 'patch_embedding.weight' and value.numel() == expected[key].numel():  # it may be a linear layer's
+        # it may be a linear layer's
+        if key == 'patch_embedding.weight' and value.numel() == expected[key].numel():
             value = value.view(expected[key].shape)
         out[key] = value
     return out
 
 
 # What an adapter's config may hold that does not change what it does to the weights.
-HARMLESS = {'r', 'lora_alpha', 'use_rslora', 'alpha_pattern', 'rank_pattern', 'target_modules', 'exclude_modules',
-            'peft_type', 'task_type', 'base_model_name_or_path', 'revision', 'auto_mapping', 'inference_mode',
-            'lora_dropout', 'lora_bias', 'layers_to_transform', 'layers_pattern', 'peft_version', 'megatron_core',
-            'runtime_config', 'parent_library', 'eva_config', 'init_lora_weights'}
+HARMLESS = {
+    'r', 'lora_alpha', 'use_rslora', 'alpha_pattern', 'rank_pattern', 'target_modules',
+    'exclude_modules', 'peft_type', 'task_type', 'base_model_name_or_path', 'revision',
+    'auto_mapping', 'inference_mode', 'lora_dropout', 'lora_bias', 'layers_to_transform',
+    'layers_pattern', 'peft_version', 'megatron_core', 'runtime_config', 'parent_library',
+    'eva_config', 'init_lora_weights'
+}
 
 
 def adapter_config(path, metadata):
-    """What is said of an adapter: PEFT's adapter_config.json beside it, diffusers' entry in its header, and our own
-    `lora_alpha` there. InputError for what would change the result and is not supported."""
+    """What is said of an adapter: PEFT's adapter_config.json beside it, diffusers' entry in its
+    header, and our own `lora_alpha` there. InputError for what would change the result and is
+    not supported."""
     beside = path.parent / 'adapter_config.json'
     config = read_json(beside, dict) if beside.is_file() else {}
     if 'lora_adapter_metadata' in metadata:
@@ -1696,22 +1954,26 @@ def adapter_config(path, metadata):
         config = {**config, 'lora_alpha': metadata['lora_alpha']}
     unknown = {key: value for key, value in config.items()
                if key not in HARMLESS and value not in (None, False, [], {}, 'none', '')}
-    for key, known in (('peft_type', ('LORA',)), ('init_lora_weights', (True, False, 'gaussian', 'orthogonal', 'eva'))):
+    for key, known in (('peft_type', ('LORA', )),
+                       ('init_lora_weights', (True, False, 'gaussian', 'orthogonal', 'eva'))):
         if config.get(key, known[0]) not in known:
             unknown[key] = config[key]
     if unknown:
-        raise InputError(f'the adapter {path} has {", ".join(f"{k} = {v}" for k, v in unknown.items())}, which is not '
+        raise InputError(f'the adapter {path} has '
+                         f'{", ".join(f"{k} = {v}" for k, v in unknown.items())}, which is not '
                          'supported: merge it into its weights with the package that made it')
     return config
 
 
 def merge_lora(state, base, config=None):
-    """W += scale B A in float32 for each pair <module>.lora_A.weight (r, in), <module>.lora_B.weight (out, r) in `state`.
+    """W += scale B A in float32 for each pair <module>.lora_A.weight (r, in),
+    <module>.lora_B.weight (out, r) in `state`.
 
-    scale: alpha / r, or with config['use_rslora'] alpha / sqrt(r), of each module: alpha is <module>.alpha, or that of
-    the config's alpha_pattern that its name ends in, or the config's lora_alpha, or r. A bias of B is added to the
-    module's own, scaled alike; <module>.diff and diff_b are added as they are. When `state` holds nothing else (an
-    adapter without its model), W is taken from `base`. InputError for what does not fit, and for any other part.
+    scale: alpha / r, or with config['use_rslora'] alpha / sqrt(r), of each module: alpha is
+    <module>.alpha, or that of the config's alpha_pattern that its name ends in, or the config's
+    lora_alpha, or r. A bias of B is added to the module's own, scaled alike; <module>.diff and
+    diff_b are added as they are. When `state` holds nothing else (an adapter without its
+    model), W is taken from `base`. InputError for what does not fit, and for any other part.
     """
     config, parts, full = config or {}, {}, {}
 
@@ -1726,24 +1988,28 @@ def merge_lora(state, base, config=None):
     if not isinstance(patterns, dict):
         raise InputError(f'the adapter\'s alpha_pattern is {patterns}, not {{module: alpha}}')
     if lost := [p for p in patterns if not any(named(p, module) for module in parts)]:
-        raise InputError(f'the adapter\'s alpha_pattern names {lost[0]}, which is none of its modules')
+        raise InputError(f'the adapter\'s alpha_pattern names {lost[0]}, which is none of its '
+                         'modules')
     for module, part in parts.items():
-        A, B, bias = (part.pop(f'lora_{name}', None) for name in ('A.weight', 'B.weight', 'B.bias'))
+        A, B, bias = (part.pop(f'lora_{name}', None)
+                      for name in ('A.weight', 'B.weight', 'B.bias'))
         alpha, diff, diff_b = (part.pop(name, None) for name in ('alpha', 'diff', 'diff_b'))
         updates = [('weight', diff), ('bias', diff_b)]
         unfit = InputError(f'the LoRA of {module} does not fit this model')
         if part:
-            raise InputError(f'the adapter has {module}.{next(iter(part))}: only LoRA without DoRA, and differences '
-                             'of weights, are supported')
+            raise InputError(f'the adapter has {module}.{next(iter(part))}: only LoRA without '
+                             'DoRA, and differences of weights, are supported')
         if A is not None or B is not None or bias is not None:
             if A is None or B is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
                 raise unfit
             if alpha is None:
-                alpha = next((a for p, a in patterns.items() if named(p, module)), config.get('lora_alpha', len(A)))
+                alpha = next((a for p, a in patterns.items() if named(p, module)),
+                             config.get('lora_alpha', len(A)))
             try:
                 scale = float(alpha) / (len(A) ** 0.5 if config.get('use_rslora') else len(A))
             except (TypeError, ValueError, RuntimeError) as error:
-                raise InputError(f'the adapter\'s alpha of {module} is {alpha}, which is no number') from error
+                raise InputError(f'the adapter\'s alpha of {module} is {alpha}, which is no '
+                                 'number') from error
             updates += [('weight', scale * (B.float() @ A.float())),
                         ('bias', None if bias is None else scale * bias.float())]
         for name, update in updates:
@@ -1758,25 +2024,33 @@ def merge_lora(state, base, config=None):
 
 
 def load_checkpoint(model, name, ema=True, onto=False):
-    """Load generator weights into a DiT from any layout of the field; return the file's metadata (a dict of str).
+    """Load generator weights into a DiT from any layout of the field; return the file's
+    metadata (a dict of str).
 
-    Accepted: flat or under generator_ema / generator / model / state_dict (the EMA is preferred, `ema=False` takes
-    the other if it is there); FSDP, DDP, compile and PEFT prefixes; Wan's or diffusers' names; LoRA adapters, beside
-    their base weights or alone (merged into the generator that their metadata name as `base`, else into the
-    weights that the model has; the `kind` returned then says that these were not in the file). onto: `name` must be
-    an adapter, and is merged into the weights that the model has, whatever `base` it names.
+    Accepted: flat or under generator_ema / generator / model / state_dict (the EMA is
+    preferred, `ema=False` takes the other if it is there); FSDP, DDP, compile and PEFT
+    prefixes; Wan's or diffusers' names; LoRA adapters, beside their base weights or alone
+    (merged into the generator that their metadata name as `base`, else into the weights that
+    the model has; the `kind` returned then says that these were not in the file). onto: `name`
+    must be an adapter, and is merged into the weights that the model has, whatever `base` it
+    names.
     """
     path = find_file(name)
     state, metadata = read_weights(path)
     wrappers = ['generator_ema', 'ema', 'generator', 'generator_lora', 'model', 'state_dict']
     wrappers = wrappers if ema else wrappers[2:] + wrappers[:2]
-    if isinstance(state, dict):  # an empty one, of a run whose average has not begun, hides nothing
-        state = next((state[w] for w in wrappers if isinstance(state.get(w), dict) and state[w]), state)
+    # an empty one, of a run whose average has not begun, hides nothing
+    if isinstance(state, dict):
+        state = next(
+            (state[w] for w in wrappers if isinstance(state.get(w), dict) and state[w]), state)
     if not is_state(state):
-        raise InputError(f'{path} holds no state dict: expected tensors, or one of {", ".join(wrappers)}')
+        raise InputError(f'{path} holds no state dict: expected tensors, or one of '
+                         f'{", ".join(wrappers)}')
     for what, sign in (('an ImageReward model', 'blip.'), ('a VAE', 'encoder.downsamples.'),
-                       ('a VAE', 'encoder.down_blocks.'), ('a text encoder', 'token_embedding.'),
-                       ('a text encoder', 'encoder.block.'), ('ODE trajectories', 'trajectory')):
+                       ('a VAE', 'encoder.down_blocks.'), ('a text encoder',
+                                                           'token_embedding.'),
+                       ('a text encoder', 'encoder.block.'), ('ODE trajectories',
+                                                              'trajectory')):
         if any(key.startswith(sign) for key in state):
             raise InputError(f'{path} is {what}, not generator weights')
     state = native_keys(state, model.state_dict())
@@ -1797,14 +2071,20 @@ def load_checkpoint(model, name, ema=True, onto=False):
 
 
 def save_checkpoint(path, state, **metadata):
-    """Write tensors to a safetensors file, whole or not at all: under a temporary name, then renamed.
+    """Write tensors to a safetensors file, whole or not at all: under a temporary name, then
+    renamed.
 
-    metadata: stage, kind ('causal' or 'bidirectional'), timesteps, shift, chunk, config, ...; a WanConfig or a list
-    becomes JSON. Read back by `load_checkpoint` and checked by `require`. Weights that are not finite: InputError.
+    metadata: stage, kind ('causal' or 'bidirectional'), timesteps, shift, chunk, config, ...; a
+    WanConfig or a list becomes JSON. Read back by `load_checkpoint` and checked by `require`.
+    Weights that are not finite: InputError.
     """
     check_finite(state, f'the weights for {path} are not finite; try a lower --lr')
-    text = {key: json.dumps(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value)
-            if not isinstance(value, str) else value for key, value in metadata.items()}
+    text = {
+        key: json.dumps(
+            dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value)
+        if not isinstance(value, str) else value
+        for key, value in metadata.items()
+    }
     replace_file(Path(path), lambda temporary: write_tensors(temporary, state, text))
 
 
@@ -1815,13 +2095,20 @@ def check_finite(state, sentence):
 
 
 def write_tensors(path, state, metadata):
-    """A safetensors file: its header's length, the header, the tensors. The package itself writes a file that a kill
-    leaves behind under another name, and that its owner alone may read."""
-    names = {torch.float64: 'F64', torch.float32: 'F32', torch.float16: 'F16', torch.bfloat16: 'BF16'}
-    state = dict(sorted(state.items(), key=lambda item: -item[1].itemsize))  # aligned, whatever the dtypes
+    """A safetensors file: its header's length, the header, the tensors. The package itself
+    writes a file that a kill leaves behind under another name, and that its owner alone may
+    read."""
+    names = {
+        torch.float64: 'F64', torch.float32: 'F32', torch.float16: 'F16', torch.bfloat16: 'BF16'
+    }
+    # aligned, whatever the dtypes
+    state = dict(sorted(state.items(), key=lambda item: -item[1].itemsize))
     header, end = {'__metadata__': metadata}, 0
     for key, x in state.items():
-        header[key] = {'dtype': names[x.dtype], 'shape': [*x.shape], 'data_offsets': [end, end := end + x.nbytes]}
+        header[key] = {
+            'dtype': names[x.dtype], 'shape': [*x.shape],
+            'data_offsets': [end, end := end + x.nbytes]
+        }
     text = json.dumps(header).encode()
     text += b' ' * (-(8 + len(text)) % 64)  # so that the tensors lie as in memory
     with open(path, 'wb') as file:
@@ -1847,23 +2134,27 @@ def writing(what):
     try:
         yield
     except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it
+        # torch.save hides it
+        cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
-        raise InputError(f'cannot write {what}: {"no space left" if cause.errno in NO_SPACE else first_line(cause)}'
+        raise InputError(f'cannot write {what}: '
+                         f'{"no space left" if cause.errno in NO_SPACE else first_line(cause)}'
                          ) from error
 
 
 def temporary_name(path, mark=''):
-    """Where a file is written before it is renamed. A killed process leaves it, so it is the same the next time and is
-    replaced. It is short: the file's own name may be as long as the file system allows."""
+    """Where a file is written before it is renamed. A killed process leaves it, so it is the
+    same the next time and is replaced. It is short: the file's own name may be as long as the
+    file system allows."""
     name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
     return path.with_name(f'.{name}{mark}{path.suffix}')
 
 
 @contextlib.contextmanager
 def replacing(path, mark=''):
-    """`with replacing(path) as temporary:` what is written to `temporary` becomes the file, whole or not at all."""
+    """`with replacing(path) as temporary:` what is written to `temporary` becomes the file,
+    whole or not at all."""
     temporary = temporary_name(path, mark)
     try:
         with writing(path):
@@ -1878,15 +2169,18 @@ def replacing(path, mark=''):
 
 
 def replace_file(path, write, mark=''):
-    """write(temporary path), then rename; mark: of this process, where several write the same file."""
+    """write(temporary path), then rename; mark: of this process, where several write the same
+    file."""
     with replacing(path, mark) as temporary:
         write(temporary)
 
 
 # How videos are written: the colours' matrix is named, or players would guess another one.
-VIDEO = dict(macro_block_size=2, output_params=[
-    '-vf', 'scale=out_color_matrix=bt709:out_range=tv', '-color_range', 'tv', '-colorspace', 'bt709',
-    '-color_primaries', 'bt709', '-color_trc', 'bt709'])
+VIDEO = dict(
+    macro_block_size=2, output_params=[
+        '-vf', 'scale=out_color_matrix=bt709:out_range=tv', '-color_range', 'tv', '-colorspace',
+        'bt709', '-color_primaries', 'bt709', '-color_trc', 'bt709'
+    ])
 
 
 def require_ffmpeg():
@@ -1909,7 +2203,8 @@ def frames_in(path):
 
 
 def check_video(path, frames):
-    """A video that ffmpeg did not write to its end is an OSError; imageio does not look at ffmpeg's exit code."""
+    """A video that ffmpeg did not write to its end is an OSError; imageio does not look at
+    ffmpeg's exit code."""
     if (found := frames_in(path)) != frames:
         raise OSError(f'of its {frames} frames ffmpeg wrote {found}; is there space left?')
 
@@ -1922,7 +2217,8 @@ def saved_steps(metadata):
     except ValueError:
         steps = [math.nan]
     if not all(0 < t <= 1000 for t in steps) or steps != sorted(set(steps), reverse=True):
-        raise InputError(f'the checkpoint names the timesteps {text}: they must fall, from at most 1000 to above 0')
+        raise InputError(f'the checkpoint names the timesteps {text}: they must fall, from at '
+                         'most 1000 to above 0')
     return steps
 
 
@@ -1933,33 +2229,39 @@ def saved_number(metadata, key, default, kind):
     except ValueError:
         value = 0
     if not 0 < value < math.inf:
-        raise InputError(f'the checkpoint names {key} = {metadata[key]}, which is no positive number')
+        raise InputError(f'the checkpoint names {key} = {metadata[key]}, which is no positive '
+                         'number')
     return value
 
 
 def load_generator(folder, init, kind, shift=5.0):
-    """What a stage starts from: the DiT of a model folder with the weights of `init`, if given, which must be of this
-    kind; and what these say of themselves: (net, timesteps, chunk, shift). shift: if they do not say it."""
+    """What a stage starts from: the DiT of a model folder with the weights of `init`, if given,
+    which must be of this kind; and what these say of themselves: (net, timesteps, chunk,
+    shift). shift: if they do not say it."""
     net = load_dit(folder)
     metadata = load_checkpoint(net, init) if init else {}
     require(metadata, init, kind=kind)
     shift = saved_number(metadata, 'shift', shift, float)
-    return net, saved_steps(metadata) or warped_steps(shift=shift), saved_number(metadata, 'chunk', 3, int), shift
+    return net, saved_steps(metadata) or warped_steps(shift=shift), saved_number(
+        metadata, 'chunk', 3, int), shift
 
 
 def require(metadata, path, **wanted):
-    """Refuse a checkpoint of the wrong kind: require(metadata, path, kind='causal'). Files of other projects carry no
-    metadata and are taken at their word."""
+    """Refuse a checkpoint of the wrong kind: require(metadata, path, kind='causal'). Files of
+    other projects carry no metadata and are taken at their word."""
     for key, value in wanted.items():
         if key in metadata and metadata[key] != value:
-            raise InputError(f'{path} was written by stage {metadata.get("stage", "unknown")} with {key} = '
-                             f'{metadata[key]}, but {key} = {value} is needed here')
+            raise InputError(f'{path} was written by stage {metadata.get("stage", "unknown")} '
+                             f'with {key} = {metadata[key]}, but {key} = {value} is needed '
+                             'here')
 
 
 class Trajectories:
-    """The ODE trajectories that ode_init.py sample left in a folder: len(), and [i] -> (states, prompt).
+    """The ODE trajectories that ode_init.py sample left in a folder: len(), and [i] -> (states,
+    prompt).
 
-    states (K + 1, C, F, H, W) float32: the teacher's ODE at the K few-step timesteps, then the clean endpoint.
+    states (K + 1, C, F, H, W) float32: the teacher's ODE at the K few-step timesteps, then the
+    clean endpoint.
     settings: the flags they were sampled with, `timesteps` among them.
     """
 
@@ -1969,21 +2271,25 @@ class Trajectories:
         for path in sorted(Path(folder).glob('trajectories_*.safetensors')):
             try:
                 file = self.files[path] = safe_open(path, 'pt')
-                settings, prompts = json.loads(file.metadata()['settings']), json.loads(file.metadata()['prompts'])
+                settings, prompts = json.loads(file.metadata()['settings']), json.loads(
+                    file.metadata()['prompts'])
                 self.where += [(path, i, str(prompt)) for i, prompt in enumerate(prompts)]
-                count, *of_one = file.get_slice('trajectory').get_shape()  # (count, K + 1, C, F, H, W)
+                # (count, K + 1, C, F, H, W)
+                count, *of_one = file.get_slice('trajectory').get_shape()
                 shape = shape or of_one
-                if [count, of_one] != [len(prompts), shape] or of_one[0] != len(settings['timesteps']) + 1:
+                if [count, of_one] != [len(prompts), shape
+                                       ] or of_one[0] != len(settings['timesteps']) + 1:
                     raise ValueError('of another shape')
             except Exception as error:
-                raise InputError(f'{path} is not a shard of trajectories, or is damaged: delete it, then run '
-                                 'ode_init.py sample again') from error
+                raise InputError(f'{path} is not a shard of trajectories, or is damaged: '
+                                 'delete it, then run ode_init.py sample again') from error
             if settings != (self.settings or settings):
-                raise InputError(f'{path} was sampled with other settings than the shards before it: '
-                                 'use one folder for each setting')
+                raise InputError(f'{path} was sampled with other settings than the shards '
+                                 'before it: use one folder for each setting')
             self.settings = settings
         if not self.where:
-            raise InputError(f'{folder} holds no trajectories: make them with ode_init.py sample --out {folder}')
+            raise InputError(f'{folder} holds no trajectories: make them with ode_init.py '
+                             f'sample --out {folder}')
 
     def __len__(self):
         return len(self.where)
@@ -2019,14 +2325,17 @@ class Process:
         if self.world == 1:
             return model
         devices = [self.device.index] if self.device.type == 'cuda' else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        return nn.parallel.DistributedDataParallel(model, device_ids=devices,
+                                                   gradient_as_bucket_view=True)
 
     def sync(self, model, now=True):
-        """Context of a backward pass; gradients are averaged over processes only when it is the step's last one."""
+        """Context of a backward pass; gradients are averaged over processes only when it is the
+        step's last one."""
         return contextlib.nullcontext() if self.world == 1 or now else model.no_sync()
 
     def forget_gradients(self, optimizer):
-        """Their memory is freed; but DDP's buckets stay, of which they are views: freed, they would come twice."""
+        """Their memory is freed; but DDP's buckets stay, of which they are views: freed, they
+        would come twice."""
         optimizer.zero_grad(set_to_none=self.world == 1)
 
     def mean(self, tensor):
@@ -2048,25 +2357,33 @@ class Process:
             torch.distributed.barrier()
 
 
-PATIENCE = datetime.timedelta(days=1)  # of a process that waits for others, who may have a long file to write
+# of a process that waits for others, who may have a long file to write
+PATIENCE = datetime.timedelta(days=1)
 
 
 @contextlib.contextmanager
 def processes(device=None):
-    """`with processes() as process:` joins torchrun's process group (NCCL on CUDA, gloo on CPU) and leaves it.
+    """`with processes() as process:` joins torchrun's process group (NCCL on CUDA, gloo on CPU)
+    and leaves it.
 
     device: 'cpu', 'cuda', 'cuda:1', ...; None takes this rank's GPU if there is one.
 
-    Seeding rule of every script: what steers the loop (exit step, prompt order) is drawn from a generator seeded
-    alike on all ranks; noise from one seeded by its sample's global index, so that neither the number of ranks nor
-    the batch size changes the result.
+    Seeding rule of every script: what steers the loop (exit step, prompt order) is drawn from a
+    generator seeded alike on all ranks; noise from one seeded by its sample's global index, so
+    that neither the number of ranks nor the batch size changes the result.
     """
-    given = {key: os.environ[key] for key in ('WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
-             if key in os.environ}
-    world, rank, local = (int(x) if (x := given.get(key, default)).isdecimal() else -1 for key, default in
-                          (('WORLD_SIZE', '1'), ('RANK', '0'), ('LOCAL_RANK', '0')))
-    if not 0 <= rank < world or local < 0 or (world > 1 and not {'RANK', 'MASTER_ADDR', 'MASTER_PORT'} <= set(given)):
-        raise InputError(f'the environment has {" ".join(f"{k}={v}" for k, v in given.items())}, which is not what '
+    given = {
+        key: os.environ[key]
+        for key in ('WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
+        if key in os.environ
+    }
+    world, rank, local = (int(x) if (x := given.get(key, default)).isdecimal() else -1
+                          for key, default in (('WORLD_SIZE', '1'), ('RANK', '0'),
+                                               ('LOCAL_RANK', '0')))
+    if not 0 <= rank < world or local < 0 or (
+            world > 1 and not {'RANK', 'MASTER_ADDR', 'MASTER_PORT'} <= set(given)):
+        raise InputError('the environment has '
+                         f'{" ".join(f"{k}={v}" for k, v in given.items())}, which is not what '
                          'torchrun sets: start with torchrun, or unset it')
     try:
         device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
@@ -2079,14 +2396,16 @@ def processes(device=None):
             raise InputError('no CUDA device is available here: use --device cpu')
         device = torch.device('cuda', local if device.index is None else device.index)
         if device.index >= torch.cuda.device_count():
-            raise InputError(f'there is no {device}: this machine has {torch.cuda.device_count()} GPUs, and each '
-                             'process takes one')
+            raise InputError(f'there is no {device}: this machine has '
+                             f'{torch.cuda.device_count()} GPUs, and each process takes one')
         torch.cuda.set_device(device)
     if world > 1:
-        # Before the group exists: imported later, as DDP does, its functions' defaults would hold the group, whose
-        # threads would then outlive it and could abort the interpreter's exit.
+        # Before the group exists: imported later, as DDP does, its functions' defaults would
+        # hold the group, whose threads would then outlive it and could abort the interpreter's
+        # exit.
         importlib.import_module('torch.distributed.nn')
-        torch.distributed.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=PATIENCE)
+        torch.distributed.init_process_group('nccl' if device.type == 'cuda' else 'gloo',
+                                             timeout=PATIENCE)
     yield Process(rank, world, device)
     if world > 1:  # else `run_script` leaves it, once it is said what went wrong
         torch.distributed.destroy_process_group()
@@ -2098,10 +2417,12 @@ def seeded(seed, device='cpu'):
 
 
 def run_script(main):
-    """Call main(); what the user can mend is printed in one sentence, with exit code 2 and no traceback. A fault of
-    the code keeps its traceback. Under torchrun either comes from the first process that fails alone."""
+    """Call main(); what the user can mend is printed in one sentence, with exit code 2 and no
+    traceback. A fault of the code keeps its traceback. Under torchrun either comes from the
+    first process that fails alone."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors='backslashreplace')  # any prompt or path can be printed, whatever the encoding
+        # any prompt or path can be printed, whatever the encoding
+        sys.stdout.reconfigure(errors='backslashreplace')
     try:
         main()
         sys.stdout.flush()
@@ -2125,21 +2446,27 @@ def cause_in_words(error):
     if isinstance(error, KeyboardInterrupt):
         return 'stopped by Ctrl-C'
     if isinstance(error, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still in the buffer has nowhere to go
+        # what is still in the buffer has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 'the pipe that the output goes to is closed'
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or 'DefaultCPUAllocator' in str(error):
+    if isinstance(error,
+                  (MemoryError, torch.OutOfMemoryError)) or 'DefaultCPUAllocator' in str(error):
         return f'no memory left, take a smaller --batch, fewer --frames or smaller ones: {first_line(error)}'
-    refused = isinstance(error, OSError) and error.errno in (*NO_SPACE, errno.EACCES, errno.EPERM, errno.EROFS)
+    refused = isinstance(
+        error, OSError) and error.errno in (*NO_SPACE, errno.EACCES, errno.EPERM, errno.EROFS)
     return str(error) if refused or isinstance(error, InputError) else None
 
 
 def fails_first():
-    """Whether no other process of this torchrun has failed before; they share the launcher's store."""
+    """Whether no other process of this torchrun has failed before; they share the launcher's
+    store."""
     if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True':
         return True
     with contextlib.suppress(Exception):  # the launcher is gone
-        store = torch.distributed.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']),
-                                           wait_for_workers=False, timeout=datetime.timedelta(seconds=10))
+        store = torch.distributed.TCPStore(os.environ['MASTER_ADDR'],
+                                           int(os.environ['MASTER_PORT']),
+                                           wait_for_workers=False,
+                                           timeout=datetime.timedelta(seconds=10))
         return store.add(f'failed {os.environ.get("TORCHELASTIC_RESTART_COUNT")}', 1) == 1
     return True
 
@@ -2148,8 +2475,8 @@ def fails_first():
 # Training: what every stage does alike
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """--help with the defaults that hold: those of the model and of what else was asked for (see `parse_known`), and
-    what a help text says of a default only where the flag has none."""
+    """--help with the defaults that hold: those of the model and of what else was asked for
+    (see `parse_known`), and what a help text says of a default only where the flag has none."""
 
     def _get_help_string(self, action):
         if action.default is None:
@@ -2164,37 +2491,46 @@ def tiny_model():
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are an InputError and whose help has every default; a path may begin with ~/ also where no
-    shell has seen it."""
+    """argparse whose errors are an InputError and whose help has every default; a path may
+    begin with ~/ also where no shell has seen it."""
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=Help, **kwargs)
 
     def error(self, message):
-        raise InputError(message.removeprefix('argument ') + f'; {self.prog} --help shows the flags')
+        raise InputError(
+            message.removeprefix('argument ') + f'; {self.prog} --help shows the flags')
 
     def parse_known_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
-        words = [re.sub(r'^(--[\w-]+=)?(~/.*)', lambda m: (m[1] or '') + os.path.expanduser(m[2]), w) for w in words]
+        words = [
+            re.sub(r'^(--[\w-]+=)?(~/.*)', lambda m: (m[1] or '') + os.path.expanduser(m[2]), w)
+            for w in words
+        ]
         return super().parse_known_args(words, namespace)
 
 
 def number(low=None, high=None, above=None, below=None, kind=float, step=None):
-    """An argparse type: a flag's text -> a finite number in a range; `low` and `high` are in it. step: from low on."""
+    """An argparse type: a flag's text -> a finite number in a range; `low` and `high` are in
+    it. step: from low on."""
     def checked(text):
         try:
             value = kind(text)
             if not math.isfinite(value):
                 raise ValueError
         except (ValueError, OverflowError):
-            raise argparse.ArgumentTypeError(f'{text} is no {"whole " * (kind is int)}number') from None
-        for words, bound, holds in (('at least', low, operator.ge), ('at most', high, operator.le),
-                                    ('more than', above, operator.gt), ('less than', below, operator.lt)):
+            raise argparse.ArgumentTypeError(
+                f'{text} is no {"whole " * (kind is int)}number') from None
+        for words, bound, holds in (('at least', low, operator.ge), ('at most', high,
+                                                                     operator.le),
+                                    ('more than', above, operator.gt), ('less than', below,
+                                                                        operator.lt)):
             if bound is not None and not holds(value, bound):
                 raise argparse.ArgumentTypeError(f'{text} must be {words} {bound}')
         if step and (value - low) % step:
             near = value - (value - low) % step
-            raise argparse.ArgumentTypeError(f'{text} is not {low} + {step}k: take {near} or {near + step}')
+            raise argparse.ArgumentTypeError(f'{text} is not {low} + {step}k: take {near} or '
+                                             f'{near + step}')
         return value
     return checked
 
@@ -2216,10 +2552,13 @@ def parse_known(p, argv):
 
 
 def training_flags(p, **paper):
-    """Add the flags that all training stages share; `paper`: the defaults of this stage for a real model."""
+    """Add the flags that all training stages share; `paper`: the defaults of this stage for a
+    real model."""
     g = p.add_argument_group('data')
-    g.add_argument('--model', default=tiny_model(), help='the Wan model: a folder or hub repository')
-    g.add_argument('--prompts', default='gdhe17/Self-Forcing:vidprom_filtered_extended.txt', metavar='FILE',
+    g.add_argument('--model', default=tiny_model(),
+                   help='the Wan model: a folder or hub repository')
+    g.add_argument('--prompts', default='gdhe17/Self-Forcing:vidprom_filtered_extended.txt',
+                   metavar='FILE',
                    help='one prompt per line: a file, or repository:path on the hub')
     g.add_argument('--held-out', metavar='FILE',
                    help='prompts for the sample videos (default: the last 4 of --prompts)')
@@ -2228,26 +2567,34 @@ def training_flags(p, **paper):
     g.add_argument('--width', type=PIXELS, default=832, help='pixels, a multiple of 16')
     g = p.add_argument_group('optimisation')
     g.add_argument('--steps', type=whole(1), help='optimizer steps')
-    g.add_argument('--batch', type=whole(1), default=1, help='samples per process and backward pass')
+    g.add_argument('--batch', type=whole(1), default=1,
+                   help='samples per process and backward pass')
     g.add_argument('--accum', type=whole(1), default=1, help='backward passes per step')
     g.add_argument('--lr', type=number(0), default=2e-6, help='learning rate, constant')
-    g.add_argument('--beta1', type=number(0, below=1), default=0.0, help='of AdamW; beta2 is 0.999')
+    g.add_argument('--beta1', type=number(0, below=1), default=0.0,
+                   help='of AdamW; beta2 is 0.999')
     g.add_argument('--weight-decay', type=number(0), default=0.01, help='of AdamW')
-    g.add_argument('--grad-clip', type=number(above=0), default=10.0, help='norm to which gradients are clipped')
+    g.add_argument('--grad-clip', type=number(above=0), default=10.0,
+                   help='norm to which gradients are clipped')
     g.add_argument('--ema', type=number(0, below=1), default=0.99,
                    help='decay of the averaged weights, which are the result')
-    g.add_argument('--ema-start', type=whole(0), default=0, help='step from which they are averaged')
+    g.add_argument('--ema-start', type=whole(0), default=0,
+                   help='step from which they are averaged')
     g.add_argument('--seed', type=SEED, default=0, help='of everything random')
     g = p.add_argument_group('files and machine')
     g.add_argument('--out', help='the run\'s folder')
-    g.add_argument('--resume', action='store_true', help='go on with the run that --out holds, if any')
-    g.add_argument('--save-every', type=whole(1), default=50, help='steps between states to resume from')
+    g.add_argument('--resume', action='store_true',
+                   help='go on with the run that --out holds, if any')
+    g.add_argument('--save-every', type=whole(1), default=50,
+                   help='steps between states to resume from')
     g.add_argument('--keep-every', type=whole(0), default=0, metavar='N',
-                   help='steps between results kept as model_<step>.safetensors, 0: none; a multiple of --save-every')
-    g.add_argument('--sample-every', type=whole(0), default=50, help='steps between sample videos, 0: none')
+                   help='steps between results kept as model_<step>.safetensors, 0: none; a '
+                        'multiple of --save-every')
+    g.add_argument('--sample-every', type=whole(0), default=50,
+                   help='steps between sample videos, 0: none')
     g.add_argument('--motion-alarm', type=number(0), default=0.5, metavar='SHARE',
-                   help='warn when the motion of the last 10 steps falls below this share of that of the first 10; '
-                        '0: never')
+                   help='warn when the motion of the last 10 steps falls below this share of '
+                        'that of the first 10; 0: never')
     machine_flags(g)
     g.add_argument('--checkpointing', action=argparse.BooleanOptionalAction, default=True,
                    help='recompute activations in the backward pass: less memory, more time')
@@ -2258,24 +2605,30 @@ def machine_flags(p):
     """Add the flags of every script that runs the model."""
     p.add_argument('--device', help='cpu or cuda (default: cuda if there is one)')
     p.add_argument('--dtype', choices=['float32', 'bfloat16'],
-                   help='of the computation; trained weights are float32 (default: bfloat16 on cuda, else float32)')
-    p.add_argument('--offload-text', action='store_true', help='keep the text encoder off the GPU between prompts')
+                   help='of the computation; trained weights are float32 (default: bfloat16 on '
+                        'cuda, else float32)')
+    p.add_argument('--offload-text', action='store_true',
+                   help='keep the text encoder off the GPU between prompts')
 
 
 def model_defaults(name, stage=''):
-    """What a local model folder's defaults.json says of flags: its top level, and on top its entry `stage`. Names of
-    files beside it become paths."""
+    """What a local model folder's defaults.json says of flags: its top level, and on top its
+    entry `stage`. Names of files beside it become paths."""
     file = Path(name) / 'defaults.json'
     given = read_json(file, dict) if file.is_file() else {}
     if not isinstance(given.get(stage, {}), dict):
         raise InputError(f'{file} is not {{flag: value, stage: {{flag: value}}}}')
     given = {**given, **given.get(stage, {})}
-    return {k: str(file.parent / v) if v and isinstance(v, str) and (file.parent / v).exists() else v
-            for k, v in given.items()}
+    return {
+        k: str(file.parent / v) if v and isinstance(v, str) and
+        (file.parent / v).exists() else v
+        for k, v in given.items()
+    }
 
 
 def as_words(name, value, known):
-    """A flag of a defaults.json as the words that one would type; known: its value without them."""
+    """A flag of a defaults.json as the words that one would type; known: its value without
+    them."""
     flag = '--' + name.replace('_', '-')
     if isinstance(value, bool):
         return [flag if value else '--no-' + flag[2:]]
@@ -2287,8 +2640,8 @@ def as_words(name, value, known):
 
 
 def parse_stage(p, stage, argv=None):
-    """Parse and check a stage's flags. The defaults are the paper's, or those of the model's folder, which are checked
-    as if they had been typed."""
+    """Parse and check a stage's flags. The defaults are the paper's, or those of the model's
+    folder, which are checked as if they had been typed."""
     argv = sys.argv[1:] if argv is None else argv
     known = vars(parse_known(p, argv))
     given = {k: v for k, v in model_defaults(known['model'], stage).items() if k in known}
@@ -2300,16 +2653,19 @@ def parse_stage(p, stage, argv=None):
     p.set_defaults(**{name: checked[name] for name in given})
     args = p.parse_args(argv)
     if (keep := getattr(args, 'keep_every', 0)) and keep % args.save_every:
-        raise InputError(f'--keep-every {keep} must be a multiple of --save-every {args.save_every}')
+        raise InputError(f'--keep-every {keep} must be a multiple of --save-every '
+                         f'{args.save_every}')
     return args
 
 
 def refuse_unused(p, args, why, *names):
-    """A flag that was given another value than its default, and would change nothing, is an InputError."""
+    """A flag that was given another value than its default, and would change nothing, is an
+    InputError."""
     for name in names:
         value, flag = getattr(args, name), name.replace('_', '-')
         if value != p.get_default(name):
-            raise InputError(f'--{flag}{"" if value is True else f" {value}"} has no effect here: {why}')
+            raise InputError(f'--{flag}{"" if value is True else f" {value}"} has no effect '
+                             f'here: {why}')
 
 
 def compute_dtype(args, device):
@@ -2323,12 +2679,14 @@ def latent_shape(args, config):
 
 
 def latent_motion(x0):
-    """Mean absolute difference of neighbouring latent frames, x0 (B, C, F, H, W): falls when videos become static."""
+    """Mean absolute difference of neighbouring latent frames, x0 (B, C, F, H, W): falls when
+    videos become static."""
     return x0.diff(dim=2).abs().mean() if x0.shape[2] > 1 else x0.new_zeros(())
 
 
 def read_lines(path, aligned=False):
-    """The lines of a text file, stripped, without empty ones; aligned: with those but for the ones at its end."""
+    """The lines of a text file, stripped, without empty ones; aligned: with those but for the
+    ones at its end."""
     lines = [line.strip() for line in read_text(path).rstrip().split('\n')]
     return lines if aligned else [line for line in lines if line]
 
@@ -2338,14 +2696,17 @@ def read_prompts(args):
     def lines(name):
         prompts = read_lines(find_file(name))
         if not prompts:
-            raise InputError(f'the prompts file {name} is empty: it must hold one prompt per line')
+            raise InputError(f'the prompts file {name} is empty: it must hold one prompt per '
+                             'line')
         return prompts
     prompts = lines(args.prompts)
-    return (prompts, lines(args.held_out)) if args.held_out else (prompts[:-4] or prompts, prompts[-4:])
+    return (prompts, lines(args.held_out)) if args.held_out else (prompts[:-4] or prompts,
+                                                                  prompts[-4:])
 
 
 def trainable(model, args, device, dtype):
-    """A model whose weights are float32 and computed with in `dtype`; see --dtype and --checkpointing."""
+    """A model whose weights are float32 and computed with in `dtype`; see --dtype and
+    --checkpointing."""
     set_threads(model, device)
     model.to(device, torch.float32).train().requires_grad_(True)
     model.autocast = None if dtype == torch.float32 else dtype
@@ -2354,8 +2715,9 @@ def trainable(model, args, device, dtype):
 
 
 def set_threads(model, device):
-    """On a CPU a small model gets one thread, unless the environment says how many: more would wait for each other at
-    every one of its short operations as soon as another process needs their cores (README: measured)."""
+    """On a CPU a small model gets one thread, unless the environment says how many: more would
+    wait for each other at every one of its short operations as soon as another process needs
+    their cores (README: measured)."""
     said = {'OMP_NUM_THREADS', 'MKL_NUM_THREADS'} & set(os.environ)
     if device.type == 'cpu' and not said and sum(p.numel() for p in model.parameters()) < 10e6:
         torch.set_num_threads(1)
@@ -2364,8 +2726,8 @@ def set_threads(model, device):
 def sample_numbers(args, process, step, micro=0):
     """Which of the run's samples this process takes in a backward pass: a range of numbers.
 
-    Step by step the run counts through its samples, however they are split over processes and --accum; prompts and
-    noise belong to the number, so the split does not change the result.
+    Step by step the run counts through its samples, however they are split over processes and
+    --accum; prompts and noise belong to the number, so the split does not change the result.
     """
     first = ((step * args.accum + micro) * process.world + process.rank) * args.batch
     return range(first, first + args.batch)
@@ -2388,17 +2750,23 @@ def shuffled(items, number, seed):
 
 
 class EMA:
-    """Exponential moving average of a model's trained weights, in float32; before step `start` simply those weights."""
+    """Exponential moving average of a model's trained weights, in float32; before step `start`
+    simply those weights."""
 
     def __init__(self, model, decay, start=0):
         self.decay, self.start = decay, start
-        self.average = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        self.average = {
+            name: p.detach().clone()
+            for name, p in model.named_parameters()
+            if p.requires_grad
+        }
 
     @torch.no_grad()
     def update(self, model, step):
         now = dict(model.named_parameters())
         decay = self.decay if step >= self.start else 0
-        torch._foreach_lerp_(list(self.average.values()), [now[name] for name in self.average], 1 - decay)
+        torch._foreach_lerp_(list(self.average.values()), [now[name] for name in self.average],
+                             1 - decay)
 
     @contextlib.contextmanager
     def swapped_in(self, model):
@@ -2424,8 +2792,9 @@ class EMA:
 
 
 def claim_folder(args, process):
-    """A training run's --out, before any model is loaded: rank 0 holds it until its process ends, however it ends. One
-    that holds another run, or in which one is under way, is an InputError."""
+    """A training run's --out, before any model is loaded: rank 0 holds it until its process
+    ends, however it ends. One that holds another run, or in which one is under way, is an
+    InputError."""
     folder = Path(args.out)
     state, result = folder / 'state.pt', folder / 'model.safetensors'
     if process.rank > 0:
@@ -2433,49 +2802,64 @@ def claim_folder(args, process):
     if args.sample_every:
         require_ffmpeg()
     if state.exists() and not args.resume:
-        raise InputError(f'{folder} already holds a run: go on with --resume, or give another --out')
-    if result.exists() and not state.exists() and not temporary_name(state).exists():  # this: killed while saving
-        raise InputError(f'{result} is the result of a run whose state.pt is gone: it is not written over; move it '
-                         'away, or give another --out')
+        raise InputError(f'{folder} already holds a run: go on with --resume, or give another '
+                         '--out')
+    # this: killed while saving
+    if result.exists() and not state.exists() and not temporary_name(state).exists():
+        raise InputError(f'{result} is the result of a run whose state.pt is gone: it is not '
+                         'written over; move it away, or give another --out')
     check_writable(folder)
     process.lock = open(folder / '.lock', 'w')
     try:
         fcntl.flock(process.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise InputError(f'another process trains in {folder}: wait for it, or give another --out') from error
+        raise InputError(f'another process trains in {folder}: wait for it, or give another '
+                         '--out') from error
     except OSError:  # a file system without locks
         pass
 
 
 class Run:
-    """What a training run keeps in its folder: settings.json, state.pt to resume from, metrics.jsonl, samples/, and the
-    result, with --keep-every also as it was at earlier steps.
+    """What a training run keeps in its folder: settings.json, state.pt to resume from,
+    metrics.jsonl, samples/, and the result, with --keep-every also as it was at earlier steps.
 
-    parts: name -> anything with state_dict and load_state_dict (models, optimizers, averages). Nothing random needs
-    to be kept, as every generator is seeded by the run's seed and a sample's number or the step.
+    parts: name -> anything with state_dict and load_state_dict (models, optimizers, averages).
+    Nothing random needs to be kept, as every generator is seeded by the run's seed and a
+    sample's number or the step.
     """
-    MAY_CHANGE = ('steps', 'batch', 'accum', 'out', 'resume', 'save_every', 'keep_every', 'sample_every', 'device',
-                  'checkpointing', 'offload_text', 'motion_alarm')
+    MAY_CHANGE = ('steps', 'batch', 'accum', 'out', 'resume', 'save_every', 'keep_every',
+                  'sample_every', 'device', 'checkpointing', 'offload_text', 'motion_alarm')
 
     def __init__(self, stage, args, process, then, **parts):
-        """then: commands to try with the result, whose file comes after them; said at the end of the run."""
-        self.then, self.args, self.process, self.parts, self.folder = then, args, process, parts, Path(args.out)
+        """then: commands to try with the result, whose file comes after them; said at the end
+        of the run."""
+        self.then, self.args, self.process, self.parts, self.folder = then, args, process, parts, Path(
+            args.out)
         self.state, self.log = self.folder / 'state.pt', self.folder / 'metrics.jsonl'
         self.step = self.saved = self.began = 0
         self.warned = False
         settings = {k: v for k, v in vars(args).items() if k not in self.MAY_CHANGE}
-        self.settings = {'stage': stage, 'samples per step': args.batch * args.accum * process.world, **settings}
+        self.settings = {
+            'stage': stage, 'samples per step': args.batch * args.accum * process.world,
+            **settings
+        }
         if self.state.exists():
             self.load()
         elif process.rank == 0:
             replace_file(self.log, lambda path: path.write_text(''))
         if process.rank == 0:
-            written = {'stage': stage, 'processes': process.world, 'torch': torch.__version__, **vars(args)}
+            written = {
+                'stage': stage, 'processes': process.world, 'torch': torch.__version__,
+                **vars(args)
+            }
             replace_file(self.folder / 'settings.json', lambda path: path.write_text(
-                json.dumps(written, indent=1, ensure_ascii=False, default=str) + '\n', encoding='utf-8'))
-        self.bar = tqdm(total=args.steps, initial=self.step, desc=stage, disable=process.quiet, mininterval=1)
-        process.print(f'{stage}: {args.steps} steps of {self.settings["samples per step"]} samples '
-                      f'({args.batch} x {args.accum} accumulated x {process.world} processes), to {self.folder}'
+                json.dumps(written, indent=1, ensure_ascii=False, default=str) + '\n',
+                           encoding='utf-8'))
+        self.bar = tqdm(total=args.steps, initial=self.step, desc=stage, disable=process.quiet,
+                        mininterval=1)
+        process.print(f'{stage}: {args.steps} steps of {self.settings["samples per step"]} '
+                      f'samples ({args.batch} x {args.accum} accumulated x {process.world} '
+                      f'processes), to {self.folder}'
                       + (f', from step {self.step}' if self.step else ''))
 
     def load(self):
@@ -2484,19 +2868,22 @@ class Run:
         try:
             for key, value in self.settings.items():
                 if (old := saved['settings'].get(key)) != value:
-                    raise InputError(f'{self.folder} was begun with {key} = {old}, not {value}: resume it with the same '
-                                     'flags, or give another --out')
+                    raise InputError(f'{self.folder} was begun with {key} = {old}, not '
+                                     f'{value}: resume it with the same flags, or give another '
+                                     '--out')
             for name, part in self.parts.items():
                 part.load_state_dict(saved['parts'][name])
             self.step = self.saved = int(saved['step'])
         except InputError:
             raise
         except Exception as error:  # whatever the file holds instead
-            raise InputError(f'{self.state} does not hold the state of this run ({type(error).__name__}: '
-                             f'{first_line(error)}): give another --out') from error
+            raise InputError(f'{self.state} does not hold the state of this run '
+                             f'({type(error).__name__}: {first_line(error)}): give another '
+                             '--out') from error
         if self.process.rank == 0:
             kept = self.logged()
-            replace_file(self.log, lambda path: path.write_text(''.join(line + '\n' for line in kept)))
+            replace_file(self.log,
+                         lambda path: path.write_text(''.join(line + '\n' for line in kept)))
 
     def logged(self):
         """The log's lines up to the saved step, one for each; those after it are to come again."""
@@ -2504,24 +2891,30 @@ class Run:
             lines = self.log.read_text().splitlines() if self.log.exists() else []
             return [line for line in lines[:self.step] if json.loads(line)['step'] <= self.step]
         except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f'{self.log} is not a line of JSON for each step ({first_line(error)}): mend it, or delete '
-                             'it to go on without those steps') from error
+            raise InputError(f'{self.log} is not a line of JSON for each step '
+                             f'({first_line(error)}): mend it, or delete it to go on without '
+                             'those steps') from error
 
     def steps(self):
-        """The steps to do, from 0 on. While one is under way, self.step is its number from 1 on."""
+        """The steps to do, from 0 on. While one is under way, self.step is its number from 1
+        on."""
         for step in range(self.step, self.args.steps):
             self.step, self.began = step + 1, time.perf_counter()
             yield step
             self.bar.update()
         self.bar.close()
         result = f'{self.folder / "model.safetensors"} --model {self.args.model}'
-        self.process.print('\n'.join([f'done: {self.folder / "model.safetensors"}; try',
-                                      *(f'  python {command} {result}' for command in self.then)]))
+        self.process.print('\n'.join([
+            f'done: {self.folder / "model.safetensors"}; try',
+            *(f'  python {command} {result}' for command in self.then)
+        ]))
 
     def check(self, **metrics):
-        """Metrics (numbers or tensors), averaged over processes; what is not finite stops the run in words."""
+        """Metrics (numbers or tensors), averaged over processes; what is not finite stops the
+        run in words."""
         names = list(metrics)
-        values = torch.tensor([float(metrics[name]) for name in names], device=self.process.device)
+        values = torch.tensor([float(metrics[name]) for name in names],
+                              device=self.process.device)
         values = dict(zip(names, self.process.mean(values).tolist()))
         for name, value in values.items():
             if not math.isfinite(value):
@@ -2539,54 +2932,67 @@ class Run:
                    'peak_gib': peak_memory(self.process.device)}
         if self.process.rank == 0:
             with writing(self.log), open(self.log, 'a') as file:
-                file.write(json.dumps({k: float(f'{v:.6g}') for k, v in metrics.items()}) + '\n')
-            text = '  '.join(f'{k} {v:<10.4g}' for k, v in metrics.items() if k != 'step' and 'held_out' not in k)
+                file.write(
+                    json.dumps({k: float(f'{v:.6g}')
+                                for k, v in metrics.items()}) + '\n')
+            text = '  '.join(f'{k} {v:<10.4g}' for k, v in metrics.items()
+                             if k != 'step' and 'held_out' not in k)
             tqdm.write(f'step {self.step:>6}  {text}', file=sys.stdout)
             self.warn_when_still()
             sys.stdout.flush()
 
     def warn_when_still(self):
-        """A warning, once, when the motion in metrics.jsonl has fallen below --motion-alarm of what it was."""
+        """A warning, once, when the motion in metrics.jsonl has fallen below --motion-alarm of
+        what it was."""
         start, last = mean_motion(self.log.read_text().splitlines())
         if not self.warned and last < self.args.motion_alarm * start:
             self.warned = True
-            tqdm.write(f'warning: motion fell from {start:.4f} to {last:.4f}, and videos may become static: look at '
-                       'samples/, and stop, or go back to earlier weights', file=sys.stdout)
+            tqdm.write(f'warning: motion fell from {start:.4f} to {last:.4f}, and videos may '
+                       'become static: look at samples/, and stop, or go back to earlier '
+                       'weights', file=sys.stdout)
 
     def due(self, every):
-        """Whether something that happens every so many steps, and after the last one, happens now."""
+        """Whether something that happens every so many steps, and after the last one, happens
+        now."""
         return every > 0 and (self.step % every == 0 or self.step == self.args.steps)
 
     def save(self, result, timesteps, **metadata):
-        """Write the result, weights for the next stage in model.safetensors, and then all that a resumed run needs: a
-        run killed in between makes the result again. What is not finite is not written."""
+        """Write the result, weights for the next stage in model.safetensors, and then all that
+        a resumed run needs: a run killed in between makes the result again. What is not finite
+        is not written."""
         if self.process.rank == 0:
             content = {'step': self.step, 'settings': self.settings,
                        'parts': {name: part.state_dict() for name, part in self.parts.items()}}
-            check_finite(content, f'the weights are not finite after step {self.step}; {self.last_good()}')
+            check_finite(content, f'the weights are not finite after step {self.step}; '
+                                  f'{self.last_good()}')
             with replacing(self.state) as temporary:
                 with open(temporary, 'wb') as file:
                     torch.save(content, file)
-                save_checkpoint(self.folder / 'model.safetensors', result, stage=self.settings['stage'], step=self.step,
+                save_checkpoint(self.folder / 'model.safetensors', result,
+                                stage=self.settings['stage'], step=self.step,
                                 timesteps=format_steps(timesteps, 10), **metadata)
                 if self.args.keep_every and self.step % self.args.keep_every == 0:
                     kept = self.folder / f'model_{self.step:06d}.safetensors'
-                    replace_file(kept, lambda path: shutil.copyfile(self.folder / 'model.safetensors', path))
+                    replace_file(
+                        kept,
+                        lambda path: shutil.copyfile(self.folder / 'model.safetensors', path))
         self.saved = self.step
         self.process.barrier()
 
     @torch.no_grad()
     def samples(self, model, vae, text, prompts, shape, steps, chunks, reward=None):
-        """Videos of the held-out prompts, shared out over processes, in samples/step_<step>/<i>_<prompt>.mp4; prompt i has
-        the same noise every time. Returns what was measured of them: {'held_out_motion': mean difference of neighbouring
-        frames}, and with reward(video (1, 3, T, H, W), [prompt]) -> (1,) also 'held_out'."""
+        """Videos of the held-out prompts, shared out over processes, in
+        samples/step_<step>/<i>_<prompt>.mp4; prompt i has the same noise every time. Returns
+        what was measured of them: {'held_out_motion': mean difference of neighbouring frames},
+        and with reward(video (1, 3, T, H, W), [prompt]) -> (1,) also 'held_out'."""
         import imageio
         folder, began = self.folder / 'samples' / f'step_{self.step:06d}', time.perf_counter()
         sums = torch.zeros(3, device=self.process.device)  # motion, reward, how many
         for i in range(self.process.rank, len(prompts), self.process.world):
             random = seeded(i, self.process.device)
             noise = gaussian((1, *shape), random, self.process.device)
-            rolled = rollout(model, noise, text(prompts[i:i + 1]), steps, chunks, generator=random)
+            rolled = rollout(model, noise, text(prompts[i:i + 1]), steps, chunks,
+                             generator=random)
             video = vae.decode(torch.cat([chunk.x0 for chunk in rolled], dim=2))
             frames = to_frames(video[0])
             with replacing(folder / f'{i}_{file_name(prompts[i])}.mp4') as temporary:
@@ -2602,7 +3008,8 @@ class Run:
         text = '  '.join(f'{k} {v:<10.4g}' for k, v in measured.items())
         if self.process.rank == 0:
             tqdm.write(f'sample {self.step:>4}  {text}  {folder}', file=sys.stdout)
-        self.began += time.perf_counter() - began  # a step's seconds are those of training alone
+        # a step's seconds are those of training alone
+        self.began += time.perf_counter() - began
         return measured
 
 
@@ -2612,7 +3019,8 @@ def file_name(prompt):
 
 
 def mean_motion(lines, count=10):
-    """Lines of metrics.jsonl -> mean motion of the first and of the last `count` of them; (0, 0) if they have none."""
+    """Lines of metrics.jsonl -> mean motion of the first and of the last `count` of them; (0,
+    0) if they have none."""
     rows = [json.loads(line).get('motion', 0) for line in (*lines[:count], *lines[-count:])]
     half = len(rows) // 2
     return sum(rows[:half]) / half, sum(rows[half:]) / half
