@@ -1,17 +1,25 @@
-"""What every stage shares: the causal Wan 2.1 DiT and its KV cache, the VAE, the text encoder, the flow schedule,
-the few-step rollout, ImageReward, and loading and saving.
+"""What every stage shares: the causal Wan 2.1 DiT and its KV cache, the flow schedule, the
+few-step rollout, the reward's gradient; the VAE, the text encoder, ImageReward; loading and
+saving.
 
-Papers: Wan 2.1 (arXiv 2503.20314), CausVid (2412.07772), Self Forcing (2506.08009), Reward-Forcing, RAVEN
-(2605.15190), ImageReward (2304.05977), UniPC (2302.04867).
+Papers: Wan 2.1 (arXiv 2503.20314), CausVid (2412.07772), Self Forcing (2506.08009),
+Reward-Forcing (2601.16933), RAVEN (2605.15190), ImageReward (2304.05977).
 
 Conventions
-  Latents   (B, C, F, H, W): C = 16 channels, F latent frames, 1/8 of the picture's height and width.
+  Latents   (B, C, F, H, W): C = 16 channels, F latent frames, 1/8 of the picture's height
+            and width.
   Video     (B, 3, T, H, W) in [-1, 1]; T = 1 + 4(F - 1).
   Tokens    L = F * S, S = (H/2)(W/2) of them per latent frame; N heads of D dimensions.
-  Noise     sigma in [0, 1] and 1 is pure noise: x_t = (1 - sigma) x0 + sigma eps, v = eps - x0, t = 1000 sigma.
-            t is a number, one per sample (B,), or one per latent frame (B, F).
-  Chunk     the latent frames that are denoised together; `chunks` is the list of their sizes, e.g. [3] * 7.
+  Noise     sigma in [0, 1] and 1 is pure noise: x_t = (1 - sigma) x0 + sigma eps,
+            v = eps - x0, t = 1000 sigma. t is a number, one per sample (B,), or one per
+            latent frame (B, F).
+  Chunk     the latent frames that are denoised together; `chunks` is the list of their
+            sizes, e.g. [3] * 7.
 Latents are float32 everywhere; the networks convert to their own dtype and back.
+
+Part 1 is what the papers change, to be read from top to bottom: schedule, who sees whom,
+attention and cache, DiT, rollout, the reward's gradient. Part 2 are the frozen networks,
+part 3 files and runs.
 """
 import argparse
 import contextlib
@@ -46,7 +54,7 @@ try:
     import torch.utils.checkpoint
     from torch.utils._pytree import tree_leaves
     from tqdm import tqdm
-except KeyboardInterrupt:  # these take seconds, so the scripts import this file before anything else
+except KeyboardInterrupt:  # these take seconds, so the scripts import this file first
     print('error: stopped by Ctrl-C', file=sys.stderr)
     sys.exit(130)
 
@@ -65,15 +73,17 @@ def first_line(error):
     return (str(error).strip() or 'no reason').splitlines()[0]
 
 
-# ==========================================================================================================
+# ========================================================================================
 # PART 1: what the papers change
-# ==========================================================================================================
+# ========================================================================================
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # Schedule: the only place where x0, v, eps and sigma are converted
+#
+# Rectified flow: x_t lies on the straight line from x0 to eps, and v is its direction. So each
+# of x0, eps and v follows from any other and x_t.
 
-# the student's timesteps before the shift (Self Forcing; RAVEN)
-FEW_STEPS = (1000, 750, 500, 250)
+FEW_STEPS = (1000, 750, 500, 250)  # the student's timesteps before the shift (Self Forcing)
 
 
 def shift_sigma(sigma, shift):
@@ -82,18 +92,9 @@ def shift_sigma(sigma, shift):
 
 
 def warped_steps(steps=FEW_STEPS, shift=5.0):
-    """The timesteps the network really sees: 1000, 750, 500, 250 at shift 5 -> [1000, 937.5,
-    833.33, 625]."""
+    """The timesteps the network really sees:
+    1000, 750, 500, 250 at shift 5 -> [1000, 937.5, 833.33, 625]."""
     return [1000 * shift_sigma(t / 1000, shift) for t in steps]
-
-
-def format_steps(steps, digits=6):
-    return ', '.join(f'{t:.{digits}g}' for t in steps)
-
-
-def counted(n, thing):
-    """1, 'latent frame' -> '1 latent frame'; 3 -> '3 latent frames'."""
-    return f'{n} {thing}' + 's' * (n != 1)
 
 
 def sigma_of(t, x):
@@ -136,13 +137,13 @@ def guided_velocity(model, x, t, context, negative, guidance, **kwargs):
     """Classifier-free guidance: v_uncond + guidance (v_cond - v_uncond); t a number, or (B,)."""
     t = t if torch.is_tensor(t) else torch.full((x.shape[0],), float(t), device=x.device)
     v = model(x, t, context, **kwargs)
-    if guidance == 1:
+    if guidance == 1:  # half the work
         return v
     v_uncond = model(x, t, negative, **kwargs)
     return v_uncond + guidance * (v - v_uncond)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # Who sees whom: one rule, as data
 
 @dataclasses.dataclass(frozen=True)
@@ -152,8 +153,8 @@ class Layout:
     position: RoPE position; an interleaved sequence has each twice.
     chunk:    the chunk it belongs to.
     history:  whether later chunks may see it.
-    window, sink: a frame sees at most `window` latent frames, its own chunk included, of which the first `sink`
-              of the video are always kept. None: everything.
+    window, sink: a frame sees at most `window` latent frames, its own chunk included, of which
+              the first `sink` of the video are always kept. None: everything.
     """
     position: tuple
     chunk: tuple
@@ -168,11 +169,12 @@ class Layout:
         """The visibility rule: its own chunk (the noisy or the clean one), and the history
         before it."""
         if self.chunk[q] == self.chunk[k]:
-            return self.history[q] == self.history[k]
+            return self.history[q] == self.history[k]  # noisy sees noisy, clean sees clean
         if not (self.history[k] and self.chunk[k] < self.chunk[q]):
-            return False
+            return False  # the future, and what was still noisy
         if self.window is None or self.position[k] < self.sink:
             return True
+        # the window ends with the query's chunk, and the sink takes its part of it
         end = 1 + max(p for p, c in zip(self.position, self.chunk) if c == self.chunk[q])
         return self.position[k] >= end - (self.window - self.sink)
 
@@ -206,7 +208,8 @@ def interleaved(chunks, window=None, sink=0):
     """
     position, chunk, history, start = [], [], [], 0
     for i, n in enumerate(chunks):
-        for clean in (False, True)[:1 if i == len(chunks) - 1 else 2]:
+        last = i == len(chunks) - 1  # nothing would see its clean states
+        for clean in (False,) if last else (False, True):
             position += range(start, start + n)
             chunk += [i] * n
             history += [clean] * n
@@ -243,9 +246,8 @@ def chunk_sizes(frames, chunk=3, first=None):
 def draw_per_chunk(count, chunks, generators, device):
     """A random index below `count` for each chunk of each sample, repeated over the chunk's
     frames: (B, F)."""
-    index = torch.stack([
-        torch.randint(count, (len(chunks), ), generator=g, device=g.device) for g in generators
-    ])
+    index = torch.stack([torch.randint(count, (len(chunks),), generator=g, device=g.device)
+                         for g in generators])  # (B, chunks)
     sizes = torch.tensor(chunks, device=index.device)
     return index.repeat_interleave(sizes, dim=1, output_size=sum(chunks)).to(device)
 
@@ -255,22 +257,24 @@ def chunk_weights(chunks, shift):
     chunk-wise weighting.
 
     shift < 0 weights later chunks more, > 0 earlier ones, 0 all alike. With p_j the share of
-    frames in chunks j..T and pi_a(p) = a p / (1 + (a - 1) p): pi_|shift|(p_T / p_j) for shift <
-    0, pi_shift(p_j) for shift > 0.
+    frames in chunks j..T and pi_a(p) = a p / (1 + (a - 1) p), which is `shift_sigma`:
+    pi_|shift|(p_T / p_j) where shift < 0, pi_shift(p_j) where it is > 0.
     """
     total = sum(chunks)
     p = [sum(chunks[j:]) / total for j in range(len(chunks))]
-    weights = [
-        shift_sigma(p[-1] / q, -shift) if shift < 0 else shift_sigma(q, shift) if shift else 1.0
-        for q in p
-    ]
-    weights = torch.tensor([w for w, n in zip(weights, chunks) for _ in range(n)])
+    if shift < 0:
+        weights = [shift_sigma(p[-1] / q, -shift) for q in p]  # 1 for the last chunk
+    elif shift > 0:
+        weights = [shift_sigma(q, shift) for q in p]  # 1 for the first one
+    else:
+        weights = [1.0] * len(p)
+    weights = torch.tensor([w for w, n in zip(weights, chunks) for _ in range(n)])  # (F,)
     return weights / weights.mean()
 
 
 def runs(indices):
-    """Integers -> their runs of neighbours as (start, stop), in order: [5, 6, 0, 1, 2] -> [(5,
-    7), (0, 3)]."""
+    """Integers -> their runs of neighbours as (start, stop), in order:
+    [5, 6, 0, 1, 2] -> [(5, 7), (0, 3)]."""
     out = []
     for i in indices:
         if out and out[-1][1] == i:
@@ -280,7 +284,7 @@ def runs(indices):
     return out
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # Attention
 
 @functools.lru_cache(maxsize=None)
@@ -304,25 +308,27 @@ def flex_mask(visible, tokens, device, block=128):
     def rule(b, h, q, k):
         return table[q // tokens, k // tokens]
 
-    # (F, n) -> (n, blocks): what holds for some or for all tokens of each block
     def by_block(frames, reduce):
+        """What holds for some, or for all, tokens of each block: (F, n) -> (n, blocks)."""
         rows = frames.repeat_interleave(tokens, dim=0)
-        return reduce(
-            F.pad(rows, (0, 0, 0, -len(rows) % block)).unflatten(0, (-1, block)), dim=1).T
+        rows = F.pad(rows, (0, 0, 0, -len(rows) % block))  # to whole blocks
+        return reduce(rows.unflatten(0, (-1, block)), dim=1).T
 
-    # (blocks of q, of k) -> how many are True in each row, and their numbers, before the others
     def listed(blocks):
-        order = blocks.int().argsort(dim=1, descending=True, stable=True)
-        # contiguous: the kernel on CUDA reads a row's numbers one after the other, whatever
-        # their strides are
-        return blocks.sum(1, dtype=torch.int32)[None, None], order.int().contiguous()[None,
-                                                                                      None]
+        """(blocks of q, of k) -> how many are True in each row, and their numbers first."""
+        count = blocks.sum(1, dtype=torch.int32)
+        order = blocks.int().argsort(dim=1, descending=True, stable=True).int()
+        # contiguous: the kernel on CUDA reads a row's numbers one after the other,
+        # whatever their strides are
+        return count[None, None], order.contiguous()[None, None]
 
-    some, every = (by_block(by_block(table, reduce), reduce)
-                   for reduce in (torch.any, torch.all))
-    return BlockMask.from_kv_blocks(*listed(some & ~every), *listed(every), BLOCK_SIZE=block,
-                                    mask_mod=rule,
-                                    seq_lengths=tuple(n * tokens for n in table.shape))
+    some = by_block(by_block(table, torch.any), torch.any)
+    every = by_block(by_block(table, torch.all), torch.all)
+    return BlockMask.from_kv_blocks(
+        *listed(some & ~every),  # blocks in which the rule is asked
+        *listed(every),  # blocks that are seen whole
+        BLOCK_SIZE=block, mask_mod=rule,
+        seq_lengths=tuple(n * tokens for n in table.shape))
 
 
 def attend(q, k, v, visible=None, backend='auto'):
@@ -338,7 +344,8 @@ def attend(q, k, v, visible=None, backend='auto'):
         return F.scaled_dot_product_attention(q, k, v)
     if backend == 'auto':
         backend = 'flex' if q.is_cuda and len(set(visible)) > 2 else 'rectangles'
-    return {'flex': attend_flex, 'rectangles': attend_rectangles}[backend](q, k, v, visible)
+    masked = attend_flex if backend == 'flex' else attend_rectangles
+    return masked(q, k, v, visible)
 
 
 def attend_flex(q, k, v, visible):
@@ -356,9 +363,9 @@ def attend_rectangles(q, k, v, visible):
     for seen, group in itertools.groupby(visible):
         stop = start + len(list(group))
         where = runs([j for j, sees in enumerate(seen) if sees])
+        queries = q[:, :, start * tokens:stop * tokens]
         keys, values = (take_frames(x, where, tokens) for x in (k, v))
-        out.append(
-            F.scaled_dot_product_attention(q[:, :, start * tokens:stop * tokens], keys, values))
+        out.append(F.scaled_dot_product_attention(queries, keys, values))
         start = stop
     return torch.cat(out, dim=2)
 
@@ -386,12 +393,9 @@ class KVCache:
         if not 0 <= sink < frames:
             raise ValueError(f'a cache of {frames} latent frames cannot keep a sink of {sink}')
         shape = (batch, config.num_heads, frames * tokens, config.dim // config.num_heads)
-        self.k = [
-            torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)
-        ]
-        self.v = [
-            torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)
-        ]
+        layers = range(config.num_layers)
+        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         # per layer (keys, values) of the prompt, computed at the first forward
         self.cross = None
         self.frames, self.tokens, self.sink, self.rolling = frames, tokens, sink, rolling
@@ -407,10 +411,9 @@ class KVCache:
         if not self.rolling and start + count > self.frames:
             raise ValueError(f'latent frames {start} to {start + count - 1} do not fit a cache '
                              f'of {self.frames}')
-        return [
-            p if p < self.frames else self.sink + (p - self.sink) % ring
-            for p in range(start, start + count)
-        ]
+        # the first frames fill the slots in order; from then on those behind the sink go round
+        return [p if p < self.frames else self.sink + (p - self.sink) % ring
+                for p in range(start, start + count)]
 
     def extend(self, layer, start, k, v):
         """The keys and values that latent frames start, start + 1, ... see: their own and those
@@ -424,20 +427,24 @@ class KVCache:
         count = k.shape[2] // self.tokens
         slots = self.slots(start, count)
         if torch.is_grad_enabled():
+            # Training: the history is a constant. Slots that this chunk is to overwrite hold
+            # its own earlier step, or frames that have left the window.
             old = runs([slot for slot in range(min(start, self.frames)) if slot not in slots])
             return tuple(torch.cat([take_frames(past[layer], old, self.tokens), new], dim=2)
                          for past, new in ((self.k, k), (self.v, v)))
         done = 0
         for a, b in runs(slots):  # one, but two where the ring's end lies within the chunk
-            part, here = (slice(n * self.tokens, m * self.tokens)
-                          for n, m in ((done, done + b - a), (a, b)))
-            self.k[layer][:, :, here], self.v[layer][:, :, here] = k[:, :, part], v[:, :, part]
+            here = slice(a * self.tokens, b * self.tokens)
+            part = slice(done * self.tokens, (done + b - a) * self.tokens)
+            self.k[layer][:, :, here] = k[:, :, part]
+            self.v[layer][:, :, here] = v[:, :, part]
             done += b - a
+        # whatever lies in the ring is within the window, in any order
         seen = min(start + count, self.frames) * self.tokens
         return self.k[layer][:, :, :seen], self.v[layer][:, :, :seen]
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # DiT; weights under Wan's own key names
 
 @dataclasses.dataclass
@@ -457,8 +464,8 @@ class WanConfig:
 
     def __post_init__(self):
         self.patch_size = tuple(self.patch_size)
-        if self.patch_size != (
-                1, 2, 2) or self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+        even = self.dim % self.num_heads == 0 and (self.dim // self.num_heads) % 2 == 0
+        if self.patch_size != (1, 2, 2) or not even:
             raise InputError(f'unsupported DiT sizes: patch {self.patch_size} must be (1, 2, '
                              f'2), and {self.dim} dimensions over {self.num_heads} heads must '
                              'give an even head size')
@@ -500,12 +507,11 @@ def rope_table(position, height, width, head_dim, device):
                          f'positions per axis ({1 + 4 * (MAX_POSITION - 1)} video frames)')
     n = head_dim // 2
     time, space = rope_axis(n - 2 * (n // 3), device), rope_axis(n // 3, device)
-    parts = (torch.stack([time[p] for p in position])[:, None,
-                                                      None], space[None, :height,
-                                                                   None], space[None,
-                                                                                None, :width])
-    # (F, h, w, D/2, 2)
-    table = torch.cat([x.expand(len(position), height, width, -1, 2) for x in parts], dim=3)
+    parts = (torch.stack([time[p] for p in position])[:, None, None],  # (F, 1, 1, .., 2)
+             space[None, :height, None],  # (1, h, 1, .., 2)
+             space[None, None, :width])  # (1, 1, w, .., 2)
+    size = (len(position), height, width, -1, 2)
+    table = torch.cat([x.expand(size) for x in parts], dim=3)  # (F, h, w, D/2, 2)
     return table.flatten(0, 2).unsqueeze(1)
 
 
@@ -518,9 +524,8 @@ def rotate(x, rope):
 
 def sinusoid(t, dim):
     """Timestep features [cos, sin]: t (...) -> (..., dim), float32 computed in float64."""
-    omega = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64, device=t.device) /
-                        (dim // 2))
-    angle = t.double().unsqueeze(-1) * omega
+    i = torch.arange(dim // 2, dtype=torch.float64, device=t.device)
+    angle = t.double().unsqueeze(-1) * 10000.0 ** (-i / (dim // 2))
     return torch.cat([angle.cos(), angle.sin()], dim=-1).float()
 
 
@@ -539,16 +544,15 @@ class LayerNorm(nn.LayerNorm):
     """Layer norm computed in float32."""
 
     def forward(self, x):
-        weight, bias = (None, None) if self.weight is None else (self.weight.float(),
-                                                                 self.bias.float())
-        return F.layer_norm(x.float(), self.normalized_shape, weight, bias,
-                            self.eps).to(x.dtype)
+        weight, bias = (None if p is None else p.float() for p in (self.weight, self.bias))
+        y = F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
+        return y.to(x.dtype)
 
 
 def modulate(x, shift, scale):
     """x (B, L, C) by shift and scale (B, F or 1, 1, C), one per latent frame."""
-    return torch.addcmul(shift, x.unflatten(1, (shift.shape[1], -1)),
-                         1 + scale).flatten(1, 2).to(x.dtype)
+    frames = x.unflatten(1, (shift.shape[1], -1))  # (B, F or 1, S or L, C)
+    return torch.addcmul(shift, frames, 1 + scale).flatten(1, 2).to(x.dtype)
 
 
 def gated(x, y, gate):
@@ -564,8 +568,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = config.num_heads
         self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(config.dim,
-                                           config.eps), RMSNorm(config.dim, config.eps)
+        self.norm_q = RMSNorm(config.dim, config.eps)
+        self.norm_k = RMSNorm(config.dim, config.eps)
 
     def split(self, x, rope=None):
         x = x.unflatten(-1, (self.heads, -1))  # (B, L, N, D)
@@ -639,10 +643,10 @@ class Head(nn.Module):
 class WanModel(nn.Module):
     """Wan 2.1's diffusion transformer: predicts v = eps - x0.
 
-    `checkpointing`: recompute each block in the backward pass instead of keeping its
-    activations. `autocast`: compute in this dtype while the weights stay float32
-    (mixed-precision training); None: in theirs. `backend`: how masked attention is computed,
-    see `attend`.
+    checkpointing: recompute each block in the backward pass, not keeping its activations.
+    autocast: compute in this dtype while the weights stay float32 (mixed-precision training);
+              None: in theirs.
+    backend: how masked attention is computed, see `attend`.
     """
 
     def __init__(self, config):
@@ -665,11 +669,13 @@ class WanModel(nn.Module):
 
         x        (B, C, F, H, W) latents; H and W even.
         t        timesteps in [0, 1000], one per sample (B,) or per latent frame (B, F).
-        context  (B, L', text_dim) text embeddings; ignored when the cache already holds the prompt.
+        context  (B, L', text_dim) text embeddings; ignored when the cache already holds the
+                 prompt.
         layout   positions and visibility of the frames; default: `bidirectional`.
-        cache    a KVCache, instead of a layout: the frames are a chunk at positions start, start + 1, ... that sees
-                 itself and the history. Without gradient its keys and values are written into the cache, so a clean
-                 pass at t = 0 after the last step leaves the history there; see `KVCache.extend`.
+        cache    a KVCache, instead of a layout: the frames are a chunk at positions start,
+                 start + 1, ... that sees itself and the history. Without gradient its keys and
+                 values are written into the cache, so a clean pass at t = 0 after the last
+                 step leaves the history there; see `KVCache.extend`.
         Returns v (B, C, F, H, W), float32.
         """
         self.check_input(x, t, context, layout, cache)
@@ -699,27 +705,29 @@ class WanModel(nn.Module):
         B, C, F_, H, W = x.shape
         p, q = H // self.config.patch_size[1], W // self.config.patch_size[2]
         layout, dtype = layout or bidirectional(F_), self.dtype
+        recompute = self.checkpointing and torch.is_grad_enabled()
+
+        # what every block is told: places, times, and the prompt
         position = layout.position if cache is None else tuple(range(start, start + F_))
         rope = rope_table(position, p, q, self.config.dim // self.config.num_heads, x.device)
-
-        # (B, F or 1, C)
-        e = self.time_embedding(sinusoid(t.view(B, -1), self.config.freq_dim).to(dtype))
-        e6 = self.time_projection(e).unflatten(-1, (6, -1)).float()
+        times = sinusoid(t.view(B, -1), self.config.freq_dim).to(dtype)
+        e = self.time_embedding(times)  # (B, F or 1, C)
+        e6 = self.time_projection(e).unflatten(-1, (6, -1)).float()  # (B, F or 1, 6, C)
         if cache is None or torch.is_grad_enabled():
             texts = [self.text_embedding(context.to(dtype))] * len(self.blocks)
         else:  # the prompt's keys and values are the same in every forward of a rollout
             texts = cache.cross = cache.cross or self.prompt_keys_values(context)
 
-        # (B, L, C)
-        x = self.patch_embedding(x.to(dtype)).flatten(2).transpose(1, 2).contiguous()
+        x = self.patch_embedding(x.to(dtype)).flatten(2).transpose(1, 2)  # (B, L, C)
+        x = x.contiguous()  # token after token in memory, or every norm would copy it
         for i, block in enumerate(self.blocks):
             extend = None if cache is None else functools.partial(cache.extend, i, start)
             args = (x, e6, texts[i], rope, layout.visible, self.backend, extend)
-            recompute = self.checkpointing and torch.is_grad_enabled()
             x = checkpoint(block, *args) if recompute else block(*args)
-        x = self.head(x, e.float()).float()
+        x = self.head(x, e.float()).float()  # (B, L, 4 C')
         x = x.view(B, F_, p, q, *self.config.patch_size[1:], self.config.out_dim)
-        return x.permute(0, 6, 1, 2, 4, 3, 5).reshape(B, self.config.out_dim, F_, H, W)
+        x = x.permute(0, 6, 1, 2, 4, 3, 5)  # (B, C', F, p, 2, q, 2)
+        return x.reshape(B, self.config.out_dim, F_, H, W)
 
     def check_input(self, x, t, context, layout, cache):
         """Shapes that do not fit raise a ValueError with the shapes."""
@@ -742,7 +750,7 @@ class WanModel(nn.Module):
                              f'tokens per frame: {shapes}')
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # The rollout: training as at inference, and the interleaved forward
 
 @dataclasses.dataclass
@@ -778,14 +786,18 @@ def rollout(model, noise, context, steps, chunks, *, window=None, sink=0, init=N
     noise      (B, C, F, H, W): the pure noise that the F new latent frames start from.
     context    (B, L', text_dim).
     steps      the timesteps that the network sees, falling from 1000, see `warped_steps`.
-    chunks     sizes of the chunks, summing to F; [F] with a bidirectional model is its few-step sampling.
-    window, sink  latent frames a frame may see, and how many of them are the video's first; None: all.
-    init       (B, C, F', H, W) clean latents that are already there; the rollout goes on after them.
-    exit_step  index of the step at which every chunk stops; its prediction is the endpoint and carries gradient (if
-               gradients are enabled). None: all steps, no gradient.
+    chunks     sizes of the chunks, summing to F; [F] with a bidirectional model is its
+               few-step sampling.
+    window     latent frames a frame may see, its own chunk included; None: all.
+    sink       how many of these are the video's first ones.
+    init       (B, C, F', H, W) clean latents that are already there; the rollout goes on
+               after them.
+    exit_step  index of the step at which every chunk stops; its prediction is the endpoint
+               and carries gradient (if gradients are enabled). None: all steps, no gradient.
     grad_from  chunks that start before this latent frame carry no gradient.
     record     keep the noisy states and predictions.
-    kernel     where the sampler goes from a prediction: (x, x0, t, next t) -> (mean, standard deviation, ...).
+    kernel     where the sampler goes from a prediction:
+               (x, x0, t, next t) -> (mean, standard deviation, ...).
     generator  of the re-noising noise: None, a torch.Generator, or one for each sample.
     """
     net = getattr(model, 'module', model)
@@ -798,24 +810,27 @@ def rollout(model, noise, context, steps, chunks, *, window=None, sink=0, init=N
         raise ValueError(f'exit_step {exit_step} is not the index of one of {len(steps)} steps')
     cache = None  # a single chunk without history, as a bidirectional student's, needs none
     if len(chunks) > 1 or begin:
-        cache = net.make_cache(B, min(window or begin + F_, begin + F_), H * W // 4, sink,
-                               window is not None)
+        frames = min(window or begin + F_, begin + F_)
+        cache = net.make_cache(B, frames, H * W // 4, sink, rolling=window is not None)
 
     def forward(x, t, start):
-        return model(x, torch.full((B, ), float(t), device=x.device), context, cache=cache,
-                     start=start)
+        t = torch.full((B,), float(t), device=x.device)
+        return model(x, t, context, cache=cache, start=start)
 
+    # What is given goes into the cache as a rollout would have left it there, in whole chunks
+    # after an independent first frame (1 + 3 latent frames: [1, 3]).
     start = 0
     for n in chunk_sizes(begin, max(chunks), begin % max(chunks) or None) if begin else ():
-        # what is given goes into the cache; an independent first frame comes first
         with torch.no_grad():
             forward(init[:, :, start:start + n], 0, start)
         start += n
+
     for i, n in enumerate(chunks):
-        x, chunk = noise[:, :, start - begin:start - begin + n], Chunk(start, None, [], [])
+        x = noise[:, :, start - begin:start - begin + n]  # (B, C, n, H, W)
+        chunk = Chunk(start, None, [], [])
         for k, t in enumerate(steps):
-            # only the step that the chunk ends at carries gradient, and only to the chunk's own
-            # keys and values
+            # Only the step that the chunk ends at carries gradient, and only to the chunk's
+            # own keys and values: the history in the cache is a constant.
             carries = k == exit_step and start >= grad_from and torch.is_grad_enabled()
             with torch.set_grad_enabled(carries):
                 x0 = x0_from_v(x, forward(x, t, start), t)
@@ -824,13 +839,16 @@ def rollout(model, noise, context, steps, chunks, *, window=None, sink=0, init=N
                 chunk.predictions.append(x0.detach())
             if k == exit_step or k == len(steps) - 1:
                 break
+            # re-noise the prediction to the next timestep, with fresh noise
             mean, std, *_ = kernel(x, x0, t, steps[k + 1])
             x = mean + std * gaussian(x0.shape, generator, x0.device)
         chunk.x0 = x0
-        yield chunk
-        if i < len(chunks) - 1:  # nothing comes after the last chunk
+        yield chunk  # the caller may decode it, or take its gradient, at once
+
+        # The clean pass: what later chunks see of this one are its endpoint's keys and values.
+        if i < len(chunks) - 1:
             if carries and cache.rolling:
-                # its backward pass still reads the ring as it is now
+                # the backward pass of this chunk still reads the ring as it is now
                 cache = copy.deepcopy(cache)
             with torch.no_grad():
                 forward(x0.detach(), 0, start)
@@ -842,8 +860,8 @@ def recorded_rollout(model, noise, context, steps, chunks, generator=None,
                      kernel=consistency_kernel):
     """The rollout as at inference, with all it went through: (states, endpoints).
 
-    states: for each of `steps` the noisy latents of all chunks (B, C, F, H, W); endpoints (B,
-    C, F, H, W).
+    states: for each of `steps` the noisy latents of all chunks (B, C, F, H, W);
+    endpoints: (B, C, F, H, W).
     """
     parts = list(rollout(model, noise, context, steps, chunks, record=True, kernel=kernel,
                          generator=generator))
@@ -859,12 +877,13 @@ def interleaved_x0(model, x_t, t, clean, context, chunks):
     the cached rollout computed, but the history is encoded inside the graph: later chunks'
     losses reach the weights that encode it.
     """
-    v = model(interleave(x_t, clean, chunks), interleave(t, torch.zeros_like(t), chunks),
-              context, interleaved(chunks))
+    sequence = interleave(x_t, clean, chunks)  # noisy 1, clean 1, noisy 2, ...
+    times = interleave(t, torch.zeros_like(t), chunks)  # what is clean is at t = 0
+    v = model(sequence, times, context, interleaved(chunks))
     return x0_from_v(x_t, noisy_part(v, chunks), t)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # The reward's gradient
 
 def latent_frames(frames):
@@ -875,27 +894,6 @@ def latent_frames(frames):
 def latent_frame(frame):
     """The latent frame that a video frame is decoded from: 0 | 1 1 1 1 | 2 2 2 2 | ..."""
     return (frame + 3) // 4
-
-
-def checked_reward(reward, video, prompts):
-    """reward(video, prompts) -> (B,), on the video's device. One that is not a number per
-    prompt is an InputError, and so is one without gradient where the video has one; where none
-    is needed, a list or NumPy's numbers do as well."""
-    rewards, name = reward(video, prompts), getattr(reward, '__name__', type(reward).__name__)
-    if not torch.is_tensor(rewards):
-        try:
-            rewards = torch.tensor(np.asarray(rewards, dtype=np.float32), device=video.device)
-        except (TypeError, ValueError) as error:
-            raise InputError(f'the reward {name} returned {type(rewards).__name__}, not a '
-                             f'number for each of {len(prompts)} prompts') from error
-    if tuple(rewards.shape) != (len(prompts),):
-        raise InputError(f'the reward {name} returned shape {tuple(rewards.shape)} for a video '
-                         f'{tuple(video.shape)} and {len(prompts)} prompts: it must be '
-                         f'({len(prompts)},)')
-    if video.requires_grad and not rewards.requires_grad:
-        raise InputError(f'the reward {name} has no gradient in the video: compute it with '
-                         'torch, without no_grad')
-    return rewards.to(video.device)
 
 
 def rewarded_video(vae, latents, frames, past=None):
@@ -911,31 +909,31 @@ def rewarded_video(vae, latents, frames, past=None):
     A few latent frames at a time are decoded under a checkpoint: what stays until the backward
     pass is the memory before them (1.9 GB at 480x832 in bfloat16), not their activations.
     """
-    where, count = {latent_frame(frame) for frame in frames}, 1 + latent_frame(max(frames))
-    # per checkpoint; with all frames a third of the memories, or 80 GB are too few
+    where = {latent_frame(frame) for frame in frames}
+    count = 1 + max(where)  # nothing after the last rewarded frame is needed
+    # Latent frames per checkpoint. With gradient to all of them every third memory is kept,
+    # or 80 GB would be too few at full size.
     n = 1 if past is not None else 3
     past = count if past is None else past
     memory, video = {}, []
     for i in range(0, count, n):
         last = min(i + n, count) - 1
-        # by a rewarded frame further on
-        remembered = any(last < w <= last + past for w in where)
-        graph = torch.is_grad_enabled() and (remembered or any(i <= w <= last for w in where))
+        rewarded = any(i <= w <= last for w in where)
+        remembered = any(last < w <= last + past for w in where)  # by a later rewarded one
+        graph = torch.is_grad_enabled() and (rewarded or remembered)
         with torch.set_grad_enabled(graph):
             video.append(recomputed(vae.decode, latents[:, :, i:last + 1], memory))
-        if not remembered:
-            memory = {
-                module: x.detach() if torch.is_tensor(x) else x
-                for module, x in memory.items()
-            }
+        if not remembered:  # from here on it is a constant
+            memory = {module: x.detach() if torch.is_tensor(x) else x
+                      for module, x in memory.items()}
     return torch.cat(video, dim=2)[:, :, frames]
 
 
-# ==========================================================================================================
+# ========================================================================================
 # PART 2: the frozen networks
-# ==========================================================================================================
+# ========================================================================================
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # VAE: Wan 2.1's causal 3-D autoencoder, 8x in space and 4x in time; keys as in Wan2.1_VAE.pth
 #
 # Every module that looks back in time takes an optional `cache`: a plain dict, module -> the
@@ -1261,7 +1259,7 @@ def to_frames(video):
     return ((video + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # Text
 
 # Wan's negative prompt, used by every public repository of this family when none is given.
@@ -1336,7 +1334,7 @@ class TextEncoder:
         return out.to(self.device)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # ImageReward on transformers' BLIP modules; keys as in ImageReward.pt
 
 REWARD_SIZES = dict(image_size=224, patch_size=16, vision_dim=1024, vision_layers=24,
@@ -1456,6 +1454,27 @@ def frame_reward(model):
     return reward
 
 
+def checked_reward(reward, video, prompts):
+    """reward(video, prompts) -> (B,), on the video's device. One that is not a number per
+    prompt is an InputError, and so is one without gradient where the video has one; where none
+    is needed, a list or NumPy's numbers do as well."""
+    rewards, name = reward(video, prompts), getattr(reward, '__name__', type(reward).__name__)
+    if not torch.is_tensor(rewards):
+        try:
+            rewards = torch.tensor(np.asarray(rewards, dtype=np.float32), device=video.device)
+        except (TypeError, ValueError) as error:
+            raise InputError(f'the reward {name} returned {type(rewards).__name__}, not a '
+                             f'number for each of {len(prompts)} prompts') from error
+    if tuple(rewards.shape) != (len(prompts),):
+        raise InputError(f'the reward {name} returned shape {tuple(rewards.shape)} for a video '
+                         f'{tuple(video.shape)} and {len(prompts)} prompts: it must be '
+                         f'({len(prompts)},)')
+    if video.requires_grad and not rewards.requires_grad:
+        raise InputError(f'the reward {name} has no gradient in the video: compute it with '
+                         'torch, without no_grad')
+    return rewards.to(video.device)
+
+
 def load_function(name, flag, known):
     """The callable that `module:function` names; the module may lie in the current folder. flag
     and known: what the user wrote it after, and what else could stand there."""
@@ -1473,11 +1492,11 @@ def load_function(name, flag, known):
                          '(B,)') from error
 
 
-# ==========================================================================================================
+# ========================================================================================
 # PART 3: files and runs
-# ==========================================================================================================
+# ========================================================================================
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # Loading: model folders and hub repositories in both public layouts, and every generator
 # checkpoint in the wild
 
@@ -2299,7 +2318,7 @@ class Trajectories:
         return self.files[path].get_slice('trajectory')[row].float(), prompt
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # Processes, seeds and errors, the same for every script
 
 @dataclasses.dataclass
@@ -2416,6 +2435,15 @@ def seeded(seed, device='cpu'):
     return torch.Generator(device).manual_seed(seed)
 
 
+def format_steps(steps, digits=6):
+    return ', '.join(f'{t:.{digits}g}' for t in steps)
+
+
+def counted(n, thing):
+    """1, 'latent frame' -> '1 latent frame'; 3 -> '3 latent frames'."""
+    return f'{n} {thing}' + 's' * (n != 1)
+
+
 def run_script(main):
     """Call main(); what the user can mend is printed in one sentence, with exit code 2 and no
     traceback. A fault of the code keeps its traceback. Under torchrun either comes from the
@@ -2471,7 +2499,7 @@ def fails_first():
     return True
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # Training: what every stage does alike
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
