@@ -1,32 +1,41 @@
 """Stage: CM-GRPO: policy-gradient RL on the Gaussian kernel of the consistency sampler itself.
 
-Papers: RAVEN with CM-GRPO (arXiv 2605.15190) 4; GRPO (2402.03300); Flow-GRPO (2505.05470) for the baseline kernel.
+Papers: RAVEN with CM-GRPO (arXiv 2605.15190) 4; GRPO (2402.03300); Flow-GRPO (2505.05470)
+for the baseline kernel.
 
 One step:
-  1. rollouts: for each prompt a group of G videos from fresh noise, with the cache, no gradient, all states recorded
-  2. rewards: each kind is normalised within the group, weighted, summed, normalised again, clipped: the advantage A
-  3. policy: a step from t to the next t' of the sampler draws z' ~ N(mean(x0), std^2), where x0 is the prediction at t
+  1. rollouts: for each prompt a group of G videos from fresh noise, with the cache, without
+     gradient, all states recorded
+  2. rewards: each kind is normalised within the group, weighted, summed, normalised again,
+     clipped: the advantage A
+  3. policy: a step from t to the next t' of the sampler draws z' ~ N(mean(x0), std^2), where
+     x0 is the prediction at t
          consistency (cm):     mean = (1 - s') x0,  std = s'
          Euler-Maruyama (em):  Flow-GRPO's stochastic step, see `euler_maruyama`
-     one transition is drawn at random (never the last one, which is not random); one interleaved forward on the
-     rollout's own states predicts x0 again, with gradient
-  4. loss = w |x0 - sg(x0 + A / 2 * d log pi / d x0)|^2, whose gradient at x0 is -w A d log pi / d x0
-On-policy: one update per rollout, so the probability ratio is 1 and there is nothing to clip. The surrogate counts 100
-times beside `--kl`, as in the public code.
+     one transition is drawn at random (never the last one, which is not random); one
+     interleaved forward on the rollout's own states predicts x0 again, with gradient
+  4. loss = w |x0 - sg(x0 + A / 2 * d log pi / d x0)|^2, whose gradient at x0 is
+     -w A d log pi / d x0
+On-policy: one update per rollout, so the probability ratio is 1 and there is nothing to
+clip. The surrogate counts 100 times beside `--kl`, as in the public code.
 
   paper       code          paper       code           paper      code
   x_theta     x0            z_s         z_next         alpha_s    slope
   G           --group       A           advantage      beta       --kl
 
-Differs from the paper: text alignment, motion and smoothness are measured by smaller means (see Rewards), since the
-paper's judges (Qwen2-VL, RAFT, AMT) need other packages; bring them with module:function. ImageReward stands where its
-imaging quality (MUSIQ) does; the aesthetic head counts once it is given (--aesthetic-head, --rewards ... aesthetic=1).
-One transition for all rollouts of a step (public code: one for each). The public code normalises each reward over the 4
-rollouts of a rank and only their sum over the group, here all is over the group (advantages correlate 0.91); its KL
-reference is the bidirectional base model, here the start; its Euler-Maruyama sampler adds noise at the last step too.
-Whatever the kernel it was trained with, the generator is then used with the consistency sampler, as any other.
+Differs from the paper: text alignment, motion and smoothness are measured by smaller means
+(see Rewards), since the paper's judges (Qwen2-VL, RAFT, AMT) need other packages; bring them
+with module:function. ImageReward stands where its imaging quality (MUSIQ) does; the aesthetic
+head counts once it is given (--aesthetic-head, --rewards ... aesthetic=1).
+Differs from the public code: one transition for all rollouts of a step (there one for each);
+every reward is normalised over the whole group (there over the 4 rollouts of a rank; the
+advantages correlate 0.91); the KL's reference is the start (there the bidirectional base);
+its Euler-Maruyama sampler adds noise at the last step too.
+Whatever the kernel it was trained with, the generator is then used with the consistency
+sampler, as any other.
 
-    python cm_grpo.py --init runs/raven/model.safetensors --out runs/grpo                    # tiny model, CPU, minutes
+Tiny model, on a CPU, in minutes; then one machine of 8 GPUs:
+    python cm_grpo.py --init runs/raven/model.safetensors --out runs/grpo
     torchrun --standalone --nproc_per_node 8 cm_grpo.py --model Wan-AI/Wan2.1-T2V-1.3B \\
         --init mvp-lab/RAVEN:raven_model.pt --out runs/grpo
 """
@@ -51,15 +60,16 @@ from torch import nn
 from torch.nn import functional as F
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # Policy: kernels, advantages, losses
 
 def euler_maruyama(noise):
     """Flow-GRPO eq. 9, its noise level a = `noise`: the reverse SDE's step instead of the
     consistency sampler's.
 
-    x' = x + [v + sigma_t^2 / (2 t) (x + (1 - t) v)] dt + sigma_t sqrt|dt| eps,  sigma_t = a sqrt(t / (1 - t)); t and
-    dt are noise levels. At t = 1, where that is infinite, 1 - t is that of the next step, as in its code.
+    x' = x + [v + sigma_t^2 / (2 t) (x + (1 - t) v)] dt + sigma_t sqrt|dt| eps,
+    sigma_t = a sqrt(t / (1 - t)); t and dt are noise levels. At t = 1, where that is infinite,
+    1 - t is that of the next step, as in its code.
     """
     def kernel(x, x0, t, s):
         t, s = t / 1000, s / 1000
@@ -72,15 +82,17 @@ def euler_maruyama(noise):
 
 
 def surrogate(x0, z_next, mean, std, slope, advantage, weights):
-    """Mean w |x0 - sg(x0 + A / 2 * d log pi / d x0)|^2: its gradient at x0 is -w A (d log pi /
-    d x0) / numel.
+    """Mean w |x0 - sg(x0 + A / 2 * d log pi / d x0)|^2: its gradient at x0 is
+    -w A (d log pi / d x0) / numel.
 
     x0, z_next, mean (B, C, F, H, W), advantage (B,), weights (F,). RAVEN eq. 12; for the
     consistency kernel d log pi / d x0 = (1 - s') (z' - (1 - s') x0) / s'^2.
     """
-    score = slope * (z_next - mean) / std ** 2
-    target = (x0 + advantage.view(-1, 1, 1, 1, 1) / 2 * score).detach()
-    return ((x0 - target).square().mean(dim=(0, 1, 3, 4)) * weights).mean()
+    A = advantage.view(-1, 1, 1, 1, 1)
+    score = slope * (z_next - mean) / std ** 2  # d log pi / d x0 of N(mean(x0), std^2)
+    target = (x0 + A / 2 * score).detach()  # sg: a step along the policy gradient
+    square = (x0 - target).square().mean(dim=(0, 1, 3, 4))  # (F,)
+    return (square * weights).mean()
 
 
 def kl_to_reference(x0, x0_reference, std, slope, weights):
@@ -90,6 +102,7 @@ def kl_to_reference(x0, x0_reference, std, slope, weights):
     x0, x0_reference (B, C, F, H, W); weights (F,), those of the policy's loss, as in the public
     code.
     """
+    # the means differ by slope (x0 - x0_ref), as both start from the same state
     square = (x0 - x0_reference).square().mean(dim=(0, 1, 3, 4))  # (F,)
     return slope ** 2 * (square * weights).mean() / (2 * std ** 2)
 
@@ -107,12 +120,13 @@ def normalise(x):
 
 
 def group_advantages(rewards, weights, clip=5.0):
-    """rewards (P prompts, G, kinds), weights (kinds,) -> advantages (P, G), clipped to +-clip."""
+    """rewards (P prompts, G, kinds), weights (kinds,) -> advantages (P, G) within +-clip."""
+    # each kind by itself first, so that no scale of a reward outweighs the others
     total = sum(w * normalise(rewards[:, :, i]) for i, w in enumerate(weights))
     return normalise(total).clamp(-clip, clip).float()
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # Rewards: callables (video (B, 3, T, H, W) in [-1, 1], prompts) -> (B,); no gradient is needed
 
 def motion_amount(video, prompts):
@@ -146,35 +160,34 @@ def some_frames(video, count=8):
 
 
 class Clip:
-    """CLIP ViT-L/14: text-image similarity, and the LAION aesthetic head on its image features."""
+    """CLIP ViT-L/14: text-image similarity, and the LAION aesthetic head on its images."""
 
     def __init__(self, name, head, device):
         self.model, self.tokenizer = load_clip(
             find_folder(name, ['*.json', '*.txt', 'model.safetensors']), device)
-        self.head = aesthetic_head(head, self.model.config.projection_dim,
-                                   device) if head else None
-        self.device = device
+        self.device, self.head = device, None
+        if head:
+            self.head = aesthetic_head(head, self.model.config.projection_dim, device)
 
     def images(self, frames):
         """(B, 3, H, W) in [-1, 1] -> unit image features (B, D)."""
         pixels = clip_preprocess(frames, self.model.config.vision_config.image_size)
-        return F.normalize(
-            self.model.visual_projection(self.model.vision_model(pixels).pooler_output), dim=-1)
+        seen = self.model.vision_model(pixels).pooler_output
+        return F.normalize(self.model.visual_projection(seen), dim=-1)
 
     def similarity(self, video, prompts):
         """Mean cosine of the frames with the prompt."""
         words = self.tokenizer(list(prompts), padding=True, truncation=True,
                                return_tensors='pt').to(self.device)
-        text = F.normalize(
-            self.model.text_projection(self.model.text_model(**words).pooler_output), dim=-1)
+        read = self.model.text_model(**words).pooler_output
+        text = F.normalize(self.model.text_projection(read), dim=-1)
         return torch.stack([(self.images(frame) * text).sum(-1)
                             for frame in some_frames(video)]).mean(0)
 
     def aesthetic(self, video, prompts):
         """Mean LAION aesthetic score of the frames, 1..10."""
-        return torch.stack([
-            F.linear(self.images(frame), *self.head)[:, 0] for frame in some_frames(video)
-        ]).mean(0)
+        return torch.stack([F.linear(self.images(frame), *self.head)[:, 0]
+                            for frame in some_frames(video)]).mean(0)
 
 
 def named_weight(text):
@@ -194,9 +207,10 @@ def load_rewards(args, process, prompts):
             say_cut(process, prompts, model, 'ImageReward')
             rewards.append((name, lambda video, prompts: torch.stack(
                 [model.score(frame, prompts) for frame in some_frames(video)]).mean(0)))
-        elif name in ('motion', 'smoothness'):
-            rewards.append((name, {'motion': motion_amount,
-                                   'smoothness': motion_smoothness}[name]))
+        elif name == 'motion':
+            rewards.append((name, motion_amount))
+        elif name == 'smoothness':
+            rewards.append((name, motion_smoothness))
         elif name in ('clip', 'aesthetic'):
             if name == 'aesthetic' and not args.aesthetic_head:
                 raise InputError('the reward aesthetic needs --aesthetic-head, LAION\'s '
@@ -204,13 +218,12 @@ def load_rewards(args, process, prompts):
             clip = clip or Clip(args.clip_model, args.aesthetic_head, device)
             rewards.append((name, {'clip': clip.similarity, 'aesthetic': clip.aesthetic}[name]))
         else:
-            rewards.append((name, load_function(name, '--rewards',
-                                                'imagereward, motion, smoothness, clip, '
-                                                'aesthetic')))
+            known = 'imagereward, motion, smoothness, clip, aesthetic'
+            rewards.append((name, load_function(name, '--rewards', known)))
     return rewards, torch.tensor(weights)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # LoRA
 
 class LoRA(nn.Module):
@@ -246,13 +259,10 @@ def save_adapter(folder, average, args, **metadata):
     `save_checkpoint`."""
     weights = {f'base_model.model.{name}': value for name, value in average.items()}
     save_checkpoint(folder / 'adapter_model.safetensors', weights, stage='cm_grpo',
-                    kind='causal',
-                    lora_alpha=args.lora_alpha, base=str(args.init), **metadata)
-    config = {
-        'peft_type': 'LORA', 'r': args.lora_rank, 'lora_alpha': args.lora_alpha, 'bias': 'none',
-        'target_modules': sorted({name.partition('.lora_')[0]
-                                  for name in average})
-    }
+                    kind='causal', lora_alpha=args.lora_alpha, base=str(args.init), **metadata)
+    modules = sorted({name.partition('.lora_')[0] for name in average})
+    config = {'peft_type': 'LORA', 'r': args.lora_rank, 'lora_alpha': args.lora_alpha,
+              'bias': 'none', 'target_modules': modules}
     replace_file(folder / 'adapter_config.json',
                  lambda path: path.write_text(json.dumps(config, indent=1) + '\n'))
 
@@ -263,11 +273,8 @@ def merged(net, average, alpha):
     if not any('.lora_' in name for name in average):
         return average
     average = {name: value.cpu() for name, value in average.items()}
-    base = {
-        k.replace('.base_layer', ''): v.cpu()
-        for k, v in net.state_dict().items()
-        if '.lora_' not in k
-    }
+    base = {key.replace('.base_layer', ''): value.cpu()
+            for key, value in net.state_dict().items() if '.lora_' not in key}
     return merge_lora({**base, **average}, base, {'lora_alpha': alpha})
 
 
@@ -295,7 +302,7 @@ def reference_x0(net, frozen, *inputs):
         return interleaved_x0(net, *inputs)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
     p = Parser(description='Policy gradients on the consistency sampler\'s own kernel.')
@@ -336,17 +343,15 @@ def parse_args(argv=None):
         raise InputError(f'--accum {args.accum} follows from --prompts-per-step, --group and '
                          '--batch: change these')
     names = {item.partition('=')[0] for item in args.rewards}
-    for without, why, *flags in ((not names & {'aesthetic'},
-                                  'aesthetic=WEIGHT is not among --rewards', 'aesthetic_head'),
-                                 (not names & {'aesthetic', 'clip'},
-                                  'clip=WEIGHT is not among --rewards', 'clip_model'),
-                                 (not names & {'imagereward'},
-                                  'imagereward=WEIGHT is not among --rewards', 'reward_model'),
-                                 (args.policy == 'cm', 'it is that of --policy em', 'em_noise'),
-                                 (args.lora_rank == 0, '--lora-rank 0 trains all weights',
-                                  'lora_alpha')):
-        if without:
-            refuse_unused(p, args, why, *flags)
+    for reward, flag, *others in (('aesthetic', 'aesthetic_head'),
+                                  ('clip', 'clip_model', 'aesthetic'),
+                                  ('imagereward', 'reward_model')):
+        if not names & {reward, *others}:
+            refuse_unused(p, args, f'{reward}=WEIGHT is not among --rewards', flag)
+    if args.policy == 'cm':
+        refuse_unused(p, args, 'it is that of --policy em', 'em_noise')
+    if args.lora_rank == 0:
+        refuse_unused(p, args, '--lora-rank 0 trains all weights', 'lora_alpha')
     return args
 
 
@@ -369,21 +374,24 @@ def train(args, process):
 
     # --- models
     folder = find_folder(args.model)
-    text, vae = load_text_encoder(folder, dtype, device,
-                                  args.offload_text), load_vae(folder, dtype, device)
+    text = load_text_encoder(folder, dtype, device, args.offload_text)
+    vae = load_vae(folder, dtype, device)
     say_cut(process, prompts, text, 'the text encoder')
     rewards, reward_weights = load_rewards(args, process, prompts)
     net, steps, chunk, shift = load_generator(folder, args.init, 'causal')
-    chunk = args.chunk or chunk
-    net = trainable(net, args, device, dtype)
-    # the start, for the KL
-    frozen = None if args.lora_rank or not args.kl else copy.deepcopy(net).requires_grad_(False)
-    if args.lora_rank:
-        add_lora(net, args.lora_rank, args.lora_alpha, args.seed)
-    generator = process.wrap(net)
     if len(steps) < 2:
         raise InputError(f'{args.init} samples in one step: CM-GRPO needs at least two, as the '
                          'last one is not random')
+
+    # --- what is trained
+    net = trainable(net, args, device, dtype)
+    frozen = None  # the start, for the KL; with LoRA that is the model without it
+    if args.kl and not args.lora_rank:
+        frozen = copy.deepcopy(net).requires_grad_(False)
+    if args.lora_rank:
+        add_lora(net, args.lora_rank, args.lora_alpha, args.seed)
+    generator = process.wrap(net)
+    chunk = args.chunk or chunk
     shape = latent_shape(args, net.config)
     chunks = chunk_sizes(shape[1], chunk)
     weights = chunk_weights(chunks, args.chunk_weight_shift).to(device)
@@ -394,9 +402,9 @@ def train(args, process):
 
     # --- optimizer
     ema = EMA(net, args.ema, args.ema_start)
-    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=args.lr,
-                                  betas=(args.beta1, 0.999), eps=1e-10,
-                                  weight_decay=args.weight_decay, fused=True)
+    weights_trained = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights_trained, lr=args.lr, betas=(args.beta1, 0.999),
+                                  eps=1e-10, weight_decay=args.weight_decay, fused=True)
     run = Run('cm_grpo', args, process, ['generate.py "PROMPT" --checkpoint'], generator=net,
               ema=ema, optimizer=optimizer)
 
@@ -408,46 +416,43 @@ def train(args, process):
     if run.step == 0 and run.due(args.sample_every):
         sample()  # what it starts from
     for step in run.steps():
-        # sample: the group of sample n is n // G; one transition, never the last one, the same
-        # on all ranks
+        # one transition, never the last one, which is not random; the same on all ranks
         k = random.Random(f'{args.seed} {step}').randrange(len(steps) - 1)
+
+        # sample: the group of sample n is n // G
         batches, scores, motion = [], [], 0
         for micro in range(args.accum):
             numbers = sample_numbers(args, process, step, micro)
             generators = sample_generators(args, numbers, device)
             captions = [shuffled(prompts, n // args.group, args.seed) for n in numbers]
-            context, noise = text(captions).float(), gaussian((args.batch, *shape), generators,
-                                                              device)
+            context = text(captions).float()
+            noise = gaussian((args.batch, *shape), generators, device)
             states, endpoints = recorded_rollout(generator, noise, context, steps, chunks,
                                                  generators, kernel)
-            with torch.no_grad():
+            with torch.no_grad():  # the policy gradient needs none through the reward
                 video = vae.decode(endpoints)
-                scores.append(
-                    torch.stack([
-                        checked_reward(reward, video, captions).float() for _, reward in rewards
-                    ], dim=1))
+                each = [checked_reward(reward, video, captions) for _, reward in rewards]
+            scores.append(torch.stack(each, dim=1).float())  # (B, kinds)
             motion += motion_amount(video, captions).mean().item() / args.accum
             batches.append((context, states[k], states[k + 1], endpoints))
 
-        # score: rewards of the whole step in the order of the sample numbers, the same on all
-        # ranks
+        # score: rewards of the whole step, in the order of the sample numbers, on all ranks
         gathered = process.gather(torch.stack(scores))  # (world, accum, batch, kinds)
-        values = gathered.transpose(0, 1).reshape(args.prompts_per_step, args.group,
-                                                  len(rewards)).cpu()
-        named = {
-            f'{what}_{name}': of[..., i].mean().item()
-            for i, (name, _) in enumerate(rewards)
-            for what, of in (('reward', values), ('spread', values.std(dim=1)))
-        }
+        values = gathered.transpose(0, 1).cpu().reshape(
+            args.prompts_per_step, args.group, len(rewards))  # (P, G, kinds)
+        named = {f'{what}_{name}': of[..., i].mean().item()
+                 for i, (name, _) in enumerate(rewards)
+                 for what, of in (('reward', values), ('spread', values.std(dim=1)))}
         run.check(**named)
         advantage = group_advantages(values, reward_weights)  # (P, G)
         mine = advantage.view(args.accum, process.world, args.batch)[:, process.rank].to(device)
 
-        # policy
-        t = torch.full((args.batch, shape[1]), steps[k], device=device)
+        # policy: the same transition again, now with gradient
+        t = torch.full((args.batch, shape[1]), steps[k], device=device)  # (B, F)
         kl_sum = 0
         for micro, (context, x_t, z_next, endpoints) in enumerate(batches):
             with process.sync(generator, micro == args.accum - 1):
+                # one forward on the rollout's own states (RAVEN's I_u) gives what it computed
                 x0 = interleaved_x0(generator, x_t, t, endpoints, context, chunks)
                 mean, std, slope = kernel(x_t, x0, steps[k], steps[k + 1])
                 loss = 100 * surrogate(x0, z_next, mean, std, slope, mine[micro], weights)
@@ -464,7 +469,7 @@ def train(args, process):
         ema.update(net, step)
 
         # log, sample, save
-        # groups without any spread teach nothing
+        # dead: the share of groups without any spread, which teach nothing
         dead = (advantage.abs().amax(dim=1) < 1e-6).float().mean().item()
         metrics = {**named, 'no_spread': dead, 'transition': k, **metrics}
         if run.due(args.sample_every):

@@ -1,43 +1,55 @@
-"""Stage: few-step distillation by distribution matching (DMD): Wan 2.1 -> a student that samples in a few steps.
+"""Stage: few-step distillation by distribution matching (DMD): Wan 2.1 -> a student that
+samples in a few steps.
 
-Papers: DMD2 (arXiv 2405.14867), CausVid (2412.07772), Self Forcing (2506.08009), RAVEN (2605.15190) 3; Reward-Forcing
-3.4, first stage, and 5.1, the ablation with a reward.
+Papers: DMD2 (arXiv 2405.14867), CausVid (2412.07772), Self Forcing (2506.08009), RAVEN
+(2605.15190) 3; Reward-Forcing (2601.16933) 3.4, first stage, and 5.1, the ablation with a
+reward.
 
 One step:
-  `--ratio` times, the critic:    x0 = student's sample; flow matching of the fake score on it
+  `--ratio` times, the critic:  x0 = student's sample; flow matching of the fake score on it
   once, the generator:
     1. x0 = student's sample, with gradient where the history in the table below has it
     2. x_s = (1 - s) x0 + s eps, with s random
     3. real = frozen teacher with guidance, fake = critic, both as predictions of x0 from x_s
-    4. d = (fake - real) / mean|x0 - real|;  loss = 1/2 w |x0 - sg(x0 - d)|^2, whose gradient at x0 is w d
+    4. d = (fake - real) / mean|x0 - real|;  loss = 1/2 w |x0 - sg(x0 - d)|^2, whose gradient
+       at x0 is w d
 
-  --history           what a chunk sees of the past                        gradient to it   noisy states
-  (bidirectional)     everything                                           -                its own, at a random step
-  diffusion-forcing   the noisy chunks before it (CausVid)                 yes              data, noised per chunk
-  teacher-forcing     clean data                                           yes              data, noised per chunk
-  self-forcing        its own endpoints, cached                            no               its own, at a random step
-  raven               its own endpoints, encoded again in the one forward  yes              its own, at a random step
-Data are the endpoints of ODE trajectories, so no stage needs real videos.
+  --history          what a chunk sees of the past              gradient  noisy states
+                                                                to it
+  (bidirectional)    everything                                 -         its own, one step
+  diffusion-forcing  the noisy chunks before it (CausVid)       yes       noised data
+  teacher-forcing    clean data                                 yes       noised data
+  self-forcing       its own endpoints, cached                  no        its own, one step
+  raven              its own endpoints, in the same forward     yes       its own, one step
+Data are the endpoints of ODE trajectories, so no stage needs real videos; they are noised to
+a step of each chunk's own.
 
-  paper         code              paper             code
-  G_theta       generator         s_real, s_fake    teacher, critic (as x0 predictions)
-  tau, s        t                 grad of D_KL      direction
-  z^_j^(u)      states[exit_step] x^_j              endpoints                   pi_alpha   chunk_weights
+  paper         code               paper             code
+  G_theta       generator          s_real, s_fake    teacher, critic (as x0 predictions)
+  tau, s        t                  grad of D_KL      direction
+  z^_j^(u)      states[exit_step]  x^_j              endpoints
+  pi_alpha      chunk_weights
 
-Differs from DMD2: no GAN loss; from the public code: a direction that is not a number stops the run instead of being
-set to zero; one random step for all samples of an update, as Self Forcing has it (RAVEN: one for each sample). A step
-is one generator update here; the public scripts count critic updates. RAVEN's public code rounds the timesteps, to 1000,
-938, 833, 625; here they are 1000, 937.5, 833.33, 625. Self Forcing's public code lets later chunks' losses reach earlier
-chunks' noisy keys through its cache (7 to 14 % of the weight gradient), here the history is the constant that the paper
-has; its score networks keep shift 8 and a sigma above 0 at t = 0, slips of at most 6 % of the direction. CausVid has no
-EMA, here its default is Self Forcing's. The bidirectional student's settings are Self Forcing's with RAVEN's guidance:
-Reward-Forcing gives none for that stage.
+Differs from DMD2: no GAN loss. From the public code: a direction that is not a number stops
+the run instead of being set to zero; one random step for all samples of an update, as Self
+Forcing has it (RAVEN: one for each sample); a step is one generator update (the public
+scripts count critic updates). RAVEN's public code rounds the timesteps, to 1000, 938, 833,
+625; here they are 1000, 937.5, 833.33, 625. Self Forcing's public code lets later chunks'
+losses reach earlier chunks' noisy keys through its cache (7 to 14 % of the weight gradient),
+here the history is the constant that the paper has; its score networks keep shift 8 and a
+sigma above 0 at t = 0, slips of at most 6 % of the direction. CausVid has no EMA, here its
+default is Self Forcing's. The bidirectional student's settings are Self Forcing's with
+RAVEN's guidance: Reward-Forcing gives none for that stage.
 
-    python distill_dmd.py --out runs/student                                             # tiny model, CPU, minutes
-    python distill_dmd.py --student causal --history raven --init runs/ode/model.safetensors --out runs/raven
-    torchrun --standalone --nproc_per_node 8 distill_dmd.py --model Wan-AI/Wan2.1-T2V-1.3B --accum 8 --out runs/student
-    torchrun --standalone --nproc_per_node 8 distill_dmd.py --model Wan-AI/Wan2.1-T2V-1.3B --student causal \\
-        --history self-forcing --teacher Wan-AI/Wan2.1-T2V-14B --init runs/ode/model.safetensors --out runs/self_forcing
+Tiny model, on a CPU, in minutes; then one machine of 8 GPUs:
+    python distill_dmd.py --out runs/student
+    python distill_dmd.py --student causal --history raven --init runs/ode/model.safetensors \\
+        --out runs/raven
+    torchrun --standalone --nproc_per_node 8 distill_dmd.py \\
+        --model Wan-AI/Wan2.1-T2V-1.3B --accum 8 --out runs/student
+    torchrun --standalone --nproc_per_node 8 distill_dmd.py --student causal \\
+        --model Wan-AI/Wan2.1-T2V-1.3B --teacher Wan-AI/Wan2.1-T2V-14B \\
+        --history self-forcing --init runs/ode/model.safetensors --out runs/self_forcing
 """
 import dataclasses
 import random
@@ -80,7 +92,7 @@ SETTINGS = {
 WITH_DATA = ('diffusion-forcing', 'teacher-forcing')
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # The losses
 
 def score_timestep(generators, shift, device):
@@ -153,7 +165,7 @@ def with_reward(direction, gradient, weight):
     return direction - weight * scale.view(-1, 1, 1, 1, 1) * gradient
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # The student's sample: the histories
 
 @dataclasses.dataclass
@@ -227,7 +239,7 @@ def last_window(x0, frames, vae):
     return torch.cat([first, x0[:, :, start + 1:]], dim=2)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
     p = Parser(description='Few-step distillation by distribution matching.')
@@ -266,8 +278,9 @@ def parse_args(argv=None):
     asked = parse_known(p, argv)
     if asked.history and asked.student == 'bidirectional':
         raise InputError(f'--history {asked.history} needs --student causal')
-    history = (asked.history or
-               'self-forcing') if asked.student == 'causal' else 'bidirectional'
+    history = 'bidirectional'
+    if asked.student == 'causal':
+        history = asked.history or 'self-forcing'
     p.set_defaults(**SETTINGS[history])
     args = parse_stage(p, f'distill_dmd {asked.student}', argv)
     args.history = history
@@ -306,21 +319,23 @@ def train(args, process):
 
     # --- models
     folder = find_folder(args.model)
-    text, vae = load_text_encoder(folder, dtype, device,
-                                  args.offload_text), load_vae(folder, dtype, device)
+    text = load_text_encoder(folder, dtype, device, args.offload_text)
+    vae = load_vae(folder, dtype, device)
     say_cut(process, prompts, text, 'the text encoder')
-    vae.decoder.checkpointing = args.checkpointing
+    net, steps, chunk, shift = load_generator(folder, args.init, args.student, args.shift)
+    critic_net = load_dit(folder)  # the fake score starts from the model itself
+    teacher = load_dit(args.teacher or folder, dtype, device)
     reward = None
     if args.reward_weight:
         judge = load_image_reward(args.reward_model, device)
         say_cut(process, prompts, judge, 'ImageReward')
         reward = frame_reward(judge)
-    net, steps, chunk, shift = load_generator(folder, args.init, args.student, args.shift)
-    net, critic_net = (trainable(model, args, device, dtype)
-                       for model in (net, load_dit(folder)))
-    # frozen
-    teacher = load_dit(args.teacher or folder, dtype, device).eval().requires_grad_(False)
+
+    # --- what is trained
+    net, critic_net = (trainable(m, args, device, dtype) for m in (net, critic_net))
     generator, critic = process.wrap(net), process.wrap(critic_net)
+    teacher.eval().requires_grad_(False)  # frozen
+    vae.decoder.checkpointing = args.checkpointing
     negative = text([args.negative] * args.batch).float()
 
     # --- the video and its chunks
@@ -339,16 +354,17 @@ def train(args, process):
         args.trajectories = len(data)
         if (held := tuple(data[0][0].shape[1:])) != shape:
             raise InputError(f'{args.data} holds latents {held}, but the flags ask for {shape}')
-    how = f'history {args.history}, chunks of {counted(chunk, "latent frame")}' if causal else 'all frames at once'
+    how = 'all frames at once'
+    if causal:
+        how = f'history {args.history}, chunks of {counted(chunk, "latent frame")}'
     process.print(f'timesteps {format_steps(steps)}; {how}')
 
     # --- optimizers
     ema = EMA(net, args.ema, args.ema_start)
-    optimizer, critic_optimizer = (torch.optim.AdamW(model.parameters(), lr=lr,
-                                                     betas=(args.beta1, 0.999),
-                                                     weight_decay=args.weight_decay, fused=True)
-                                   for model, lr in ((net, args.lr), (critic_net,
-                                                                      args.critic_lr)))
+    optimizer, critic_optimizer = (
+        torch.optim.AdamW(model.parameters(), lr=lr, betas=(args.beta1, 0.999),
+                          weight_decay=args.weight_decay, fused=True)
+        for model, lr in ((net, args.lr), (critic_net, args.critic_lr)))
     then = ['generate.py "PROMPT" --checkpoint', 'cm_grpo.py --init'] if causal else \
         ['generate.py "PROMPT" --bidirectional --checkpoint', 'ode_init.py train --init']
     run = Run('distill_dmd', args, process, then, generator=net, critic=critic_net, ema=ema,
@@ -371,15 +387,15 @@ def train(args, process):
         # the same on all ranks
         exit_step = random.Random(f'{args.seed} {update}').randrange(len(steps))
         noise = gaussian((args.batch, C, rolled, H, W), generators, device)
-        return Batch(list(captions), text(list(captions)).float(), generators, exit_step, noise,
-                     clean)
+        context = text(list(captions)).float()
+        return Batch(list(captions), context, generators, exit_step, noise, clean)
 
     # --- loop
     if run.step == 0 and run.due(args.sample_every):
         sample()  # what it starts from
     for step in run.steps():
+        # critic: the fake score follows the student's distribution
         update = step * (args.ratio + 1)
-        # the critic follows the student's distribution
         for update in range(update, update + args.ratio):
             critic_loss, batches = 0, []
             for micro in range(args.accum):
@@ -391,20 +407,21 @@ def train(args, process):
                     x0 = b.endpoints
                 else:
                     with torch.no_grad():  # the critic's loss does not train the generator
-                        x0 = last_window(
-                            student_sample(args.history, generator, b, steps, chunks), F, vae)
+                        x0 = student_sample(args.history, generator, b, steps, chunks)
+                        x0 = last_window(x0, F, vae)
                 t = score_timestep(b.generators, args.shift, device)
+                eps = gaussian(x0.shape, b.generators, device)
                 with process.sync(critic, micro == args.accum - 1):
-                    loss = flow_loss(critic, x0, t, b.context,
-                                     gaussian(x0.shape, b.generators, device)) / args.accum
+                    loss = flow_loss(critic, x0, t, b.context, eps) / args.accum
                     loss.backward()
                 critic_loss += loss.item()
-            critic_norm = torch.nn.utils.clip_grad_norm_(critic_net.parameters(),
-                                                         args.grad_clip)
+            weights_trained = critic_net.parameters()
+            critic_norm = torch.nn.utils.clip_grad_norm_(weights_trained, args.grad_clip)
             run.check(critic_loss=critic_loss, critic_norm=critic_norm)
             critic_optimizer.step()
             process.forget_gradients(critic_optimizer)
 
+        # generator: towards the teacher's distribution, away from its own
         sums = torch.zeros(3, device=device)  # size of the direction, motion, reward
         for micro in range(args.accum):
             # RAVEN trains on the rollout that the critic has just seen; the others on a new one
@@ -421,10 +438,8 @@ def train(args, process):
                                                           args.frames - 1)
                     direction = with_reward(direction, gradient, args.reward_weight)
                 (dmd_loss(x0, direction, weights) / args.accum).backward()
-            sums += torch.stack(
-                [direction.abs().mean(),
-                 latent_motion(x0.detach()),
-                 score.mean()]) / args.accum
+            each = direction.abs().mean(), latent_motion(x0.detach()), score.mean()
+            sums += torch.stack(each) / args.accum
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip)
         metrics = run.check(critic_loss=critic_loss, dmd=sums[0], grad_norm=norm,
                             critic_norm=critic_norm, motion=sums[1],

@@ -1,24 +1,31 @@
-"""VBench, the papers' benchmark: sample its prompts, score the videos, aggregate 16 dimensions to the total score.
+"""VBench, the papers' benchmark: sample its prompts, score the videos, aggregate 16
+dimensions to the total score.
 
-VBench (arXiv 2311.17982), as Reward-Forcing 4.1 and RAVEN use it: 946 prompts, 5 videos of each (25 of the 75 prompts
-for temporal flickering), 16 scores in [0, 1].
+VBench (arXiv 2311.17982), as Reward-Forcing 4.1 and RAVEN use it: 946 prompts, 5 videos of
+each (25 of the 75 prompts for temporal flickering), 16 scores in [0, 1].
 
-sample  every prompt's videos by generate.py, whose flags follow --, -> OUT/videos/{prompt}-{i}.mp4, named by the
-        original prompt whatever text the generator was given; text and seed of each in OUT/samples.json, the list of
-        prompts in OUT/full_info.json. Goes on with what is there.
-score   videos -> OUT/results/{dimension}_eval_results.json, VBench's own format. Five dimensions here; the others by
-        VBench itself, whose packages fit no environment of ours, from another one: --vbench-python.
-table   n_d = (x_d - min_d) / (max_d - min_d);  Quality, Semantic = weighted means of n_d;  Total = (4 Q + S) / 5,
-        beside the papers' rows. A dimension that is missing is said to be, not counted as 0.
+sample  every prompt's videos by generate.py, whose flags follow --, ->
+        OUT/videos/{prompt}-{i}.mp4, named by the original prompt whatever text the generator
+        was given; text and seed of each in OUT/samples.json, the list of prompts in
+        OUT/full_info.json. Goes on with what is there.
+score   videos -> OUT/results/{dimension}_eval_results.json, VBench's own format. Five
+        dimensions here; the others by VBench itself, whose packages fit no environment of
+        ours, from another one: --vbench-python.
+table   n_d = (x_d - min_d) / (max_d - min_d);  Quality, Semantic = weighted means of n_d;
+        Total = (4 Q + S) / 5, beside the papers' rows. A dimension that is missing is said
+        to be, not counted as 0.
 
-Differs from VBench: CLIP runs in float32 (VBench: float16 on CUDA); the result of several processes is that of one
-(VBench's own is not: over GPUs it averages means of videos, and of appearance style only each video's last frame).
+Differs from VBench: CLIP runs in float32 (VBench: float16 on CUDA); the result of several
+processes is that of one (VBench's own is not: over GPUs it averages means of videos, and of
+appearance style only each video's last frame).
 
-The tiny model, whose captions the pretrained scorers do not know, is scored by the tiny world's measurements:
-    python eval_vbench.py sample && python eval_vbench.py score && python eval_vbench.py table        # CPU, offline
+The tiny model, whose captions the pretrained scorers do not know, is scored by the tiny
+world's measurements, on a CPU, offline:
+    python eval_vbench.py sample && python eval_vbench.py score && python eval_vbench.py table
 VBench's own list comes with `pip install --no-deps vbench`, or with --full-info:
-    torchrun --standalone --nproc_per_node 8 eval_vbench.py sample --model Wan-AI/Wan2.1-T2V-1.3B \\
-        --extended all_dimension_extended.txt --out runs/vbench_reward -- --checkpoint runs/reward/model.safetensors
+    torchrun --standalone --nproc_per_node 8 eval_vbench.py sample \\
+        --model Wan-AI/Wan2.1-T2V-1.3B --extended all_dimension_extended.txt \\
+        --out runs/vbench_reward -- --checkpoint runs/reward/model.safetensors
     torchrun --standalone --nproc_per_node 8 eval_vbench.py score --out runs/vbench_reward \\
         --aesthetic-head sa_0_4_vit_l_14_linear.pth --vbench-python vbench-env/bin/python
     python eval_vbench.py table runs/vbench_reward/results --name "reward forcing"
@@ -45,7 +52,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # Constants: VBench's scripts/constant.py, and the papers' tables
 
 VBENCH = {  # dimension: (group, min, max, weight)
@@ -125,7 +132,7 @@ def aggregate(scores):
     }
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # The suite: prompts, their dimensions, and the names of their videos
 
 def read_suite(path):
@@ -204,7 +211,7 @@ def chosen(args, entries):
     return [name for name in (*VBENCH, *TINY) if name in (args.dimensions or here)]
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # Scores of one video: functions (frames (T, 3, H, W) uint8, entry) -> a score for each frame or
 # pair of frames
 
@@ -338,7 +345,7 @@ def tiny_scorers(dimensions):
     }
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 
 def sample_flags(p):
     g = p.add_argument_group('sample')
@@ -420,7 +427,7 @@ def parse_args(argv=None):
     return args
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # sample
 
 RANK = os.environ.get('RANK', '')
@@ -486,7 +493,7 @@ def sample(args):
     runpy.run_path(str(generate), run_name='__main__')
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # score
 
 def read_video(path):
@@ -657,7 +664,7 @@ def check_scoring(args):
     return entries, dimensions, others
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # table
 
 def read_results(paths):

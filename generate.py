@@ -1,15 +1,21 @@
-"""Prompt -> video: a causal few-step generator streams it chunk by chunk; a bidirectional model samples it whole.
+"""Prompt -> video: a causal few-step generator streams it chunk by chunk; a bidirectional
+model samples it whole.
 
-    prompt -> UMT5 -> rollout (DiT + KV cache, a few consistency steps per chunk) -> VAE, streamed -> mp4
+    prompt -> UMT5 -> rollout (DiT + KV cache, a few consistency steps per chunk)
+           -> VAE, streamed -> mp4
 
-    python generate.py "a red striped circle moving left on a navy background"        # tiny model, CPU, offline
+Tiny model, on a CPU, offline; then one GPU; then prompts shared out over 8:
+    python generate.py "a red striped circle moving left on a navy background"
     python generate.py "A corgi runs in a park." --model Wan-AI/Wan2.1-T2V-1.3B \\
-        --checkpoint gdhe17/Self-Forcing:checkpoints/self_forcing_dmd.pt              # one GPU
-    torchrun --standalone --nproc_per_node 8 generate.py --prompts prompts.txt ...    # prompts shared out
+        --checkpoint gdhe17/Self-Forcing:checkpoints/self_forcing_dmd.pt
+    torchrun --standalone --nproc_per_node 8 generate.py --prompts prompts.txt ...
 
-Without --checkpoint (or with --bidirectional) the model itself is sampled with a multi-step ODE solver and
-classifier-free guidance, all frames at once: that is the teacher, and it cannot stream. A few-step bidirectional
-student (--bidirectional --checkpoint) is sampled all at once too, at its own timesteps.
+Without --checkpoint (or with --bidirectional) the model itself is sampled with a multi-step
+ODE solver and classifier-free guidance, all frames at once: that is the teacher, and it
+cannot stream. A few-step bidirectional student (--bidirectional --checkpoint) is sampled all
+at once too, at its own timesteps.
+
+Paper: Self Forcing (arXiv 2506.08009) alg. 2; UniPC (2302.04867) for the teacher's solver.
 """
 import contextlib
 import functools
@@ -252,7 +258,7 @@ def cover(picture, height, width):
     return picture[0, :, top:top + height, left:left + width]
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # The teacher: a multi-step ODE solver
 
 def sigma_schedule(steps=50, shift=5.0):
@@ -335,7 +341,7 @@ class UniPC:
         return sigma_next / sigma * x - (1 - sigma_next) * math.expm1(-h) * (m + D)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # Compiling
 
 def compile_for_inference(model, vae):
@@ -417,7 +423,7 @@ class Graphed:
                                             self.config.dim // self.config.num_heads, x.device)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # From a prompt to frames
 
 def causal_video(model, vae, text, args, prompt, seed, init=None):
@@ -527,7 +533,7 @@ def video_file(path, args):
         check_video(temporary, args.frames)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 
 def load(args, process):
     """The models that the flags name, on this process's device: (model, vae, text encoder).

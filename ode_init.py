@@ -1,27 +1,36 @@
-"""Stage: ODE trajectories of the teacher, then a causal student that regresses them ("ODE only").
+"""Stage: ODE trajectories of the teacher, then a causal student that regresses them ("ODE
+only").
 
-Papers: CausVid (arXiv 2412.07772) 4.2; Self Forcing (2506.08009); Reward-Forcing 3.2 and 3.4: few trajectories teach
-the motion, the texture comes from the reward.
+Papers: CausVid (arXiv 2412.07772) 4.2; Self Forcing (2506.08009); Reward-Forcing
+(2601.16933) 3.2 and 3.4: few trajectories teach the motion, the texture comes from the
+reward.
 
-sample  for each prompt: x = noise; solve dx/dsigma = v(x, sigma) with guidance, Euler steps; keep x at the student's
-        few timesteps t_1 = 1000 > ... > t_K and at the end: a trajectory (K + 1, C, F, H, W)
-train   each chunk of frames draws one of the K + 1 states (the last one is clean, t = 0); one block-causal forward over
-        all frames, with a timestep per frame; loss = mean (x0 - clean)^2 over the frames with t > 0
+sample  for each prompt: x = noise; solve dx/dsigma = v(x, sigma) with guidance, Euler steps;
+        keep x at the student's few timesteps t_1 = 1000 > ... > t_K and at the end:
+        a trajectory (K + 1, C, F, H, W)
+train   each chunk of frames draws one of the K + 1 states (the last one is clean, t = 0);
+        one block-causal forward over all frames, with a timestep per frame;
+        loss = mean (x0 - clean)^2 over the frames with t > 0
 
   paper                         code
   {x_t_i}, i = 1..K and x_0     trajectory
   G_phi(x_t, t)                 x0_from_v(x_t, generator(...), t)
 
-The solver's grid contains the student's timesteps exactly, at the student's shift. Differs from the public scripts,
-which solve at shift 8 and keep states at t = 1000, 960, 889, 727, while the student runs at 1000, 937.5, 833.3, 625.
-Reward-Forcing speaks of all timesteps; the K + 1 states of the student's are kept here, as in CausVid. The loss is
-averaged within each sample first, in the public code over all noisy frames of the batch at once.
+The solver's grid contains the student's timesteps exactly, at the student's shift. Differs
+from the public scripts, which solve at shift 8 and keep states at t = 1000, 960, 889, 727,
+while the student runs at 1000, 937.5, 833.3, 625. Reward-Forcing speaks of all timesteps;
+the K + 1 states of the student's are kept here, as in CausVid. The loss is averaged within
+each sample first, in the public code over all noisy frames of the batch at once.
 
-    python ode_init.py sample --out runs/trajectories && \\
-    python ode_init.py train --data runs/trajectories --init runs/student/model.safetensors --out runs/ode  # tiny, CPU
-    torchrun --standalone --nproc_per_node 8 ode_init.py sample --model Wan-AI/Wan2.1-T2V-1.3B --out runs/trajectories
-    torchrun --standalone --nproc_per_node 8 ode_init.py train --model Wan-AI/Wan2.1-T2V-1.3B \\
-        --data runs/trajectories --init runs/student/model.safetensors --out runs/ode
+Tiny model, on a CPU, in minutes; then one machine of 8 GPUs:
+    python ode_init.py sample --out runs/trajectories
+    python ode_init.py train --data runs/trajectories --init runs/student/model.safetensors \\
+        --out runs/ode
+    torchrun --standalone --nproc_per_node 8 ode_init.py sample \\
+        --model Wan-AI/Wan2.1-T2V-1.3B --out runs/trajectories
+    torchrun --standalone --nproc_per_node 8 ode_init.py train \\
+        --model Wan-AI/Wan2.1-T2V-1.3B --data runs/trajectories \\
+        --init runs/student/model.safetensors --out runs/ode
 """
 import json
 import shutil
@@ -42,7 +51,7 @@ import torch
 from tqdm import tqdm
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # The solver's grid and the loss
 
 def solver_grid(timesteps, shift, count):
@@ -107,7 +116,7 @@ def shard_path(folder, first):
     return Path(folder) / f'trajectories_{first:06d}.safetensors'
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
@@ -264,18 +273,20 @@ def train(args, process):
 
     # --- models
     folder = find_folder(args.model)
-    text, vae = load_text_encoder(folder, dtype, device,
-                                  args.offload_text), load_vae(folder, dtype, device)
+    text = load_text_encoder(folder, dtype, device, args.offload_text)
+    vae = load_vae(folder, dtype, device)
     net, steps, *_ = load_generator(folder, args.init, 'bidirectional', shift)
     if format_steps(steps) != format_steps(timesteps):
         raise InputError(f'{args.init} samples at {format_steps(steps)}, but {args.data} holds '
                          f'states at {format_steps(timesteps)}: sample trajectories at the '
                          'student\'s --shift')
-    generator = process.wrap(trainable(net, args, device, dtype))
     shape = latent_shape(args, net.config)
     if (held := tuple(data[0][0].shape[1:])) != shape:
         raise InputError(f'{args.data} holds latents {held}, but those of {args.frames} frames '
                          f'at {args.width}x{args.height} are {shape}')
+
+    # --- what is trained
+    generator = process.wrap(trainable(net, args, device, dtype))
     chunks = chunk_sizes(shape[1], args.chunk)
     layout = block_causal(chunks)
     levels = torch.tensor([*timesteps, 0.0], device=device)
@@ -285,8 +296,8 @@ def train(args, process):
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(args.beta1, 0.999),
                                   weight_decay=args.weight_decay, fused=True)
     run = Run('ode_init', args, process,
-              ['generate.py "PROMPT" --checkpoint', 'reward_forcing.py --init'], generator=net,
-              ema=ema, optimizer=optimizer)
+              ['generate.py "PROMPT" --checkpoint', 'reward_forcing.py --init'],
+              generator=net, ema=ema, optimizer=optimizer)
 
     def sample():
         with ema.swapped_in(net):
@@ -300,11 +311,11 @@ def train(args, process):
         for micro in range(args.accum):
             numbers = sample_numbers(args, process, step, micro)
             trajectory, prompts = zip(*(shuffled(data, n, args.seed) for n in numbers))
-            trajectory, context = torch.stack(trajectory).to(device), text(
-                list(prompts)).float()
-            # (B, F)
-            index = draw_per_chunk(len(levels), chunks, sample_generators(args, numbers),
-                                   device)
+            trajectory = torch.stack(trajectory).to(device)  # (B, K + 1, C, F, H, W)
+            context = text(list(prompts)).float()
+            # each chunk starts from a state of its own, the last of which is clean
+            generators = sample_generators(args, numbers)
+            index = draw_per_chunk(len(levels), chunks, generators, device)  # (B, F)
             x_t, t = pick_states(trajectory, index), levels[index]
             with process.sync(generator, micro == args.accum - 1):
                 x0 = x0_from_v(x_t, generator(x_t, t, context, layout), t)
