@@ -72,12 +72,14 @@ def euler_maruyama(noise):
     1 - t is that of the next step, as in its code.
     """
     def kernel(x, x0, t, s):
-        t, s = t / 1000, s / 1000
-        dt, spread = s - t, noise * math.sqrt(t / (1 - (s if t == 1 else t)))
+        t, s = t / 1000, s / 1000  # noise levels; dt < 0
+        dt = s - t
+        spread = noise * math.sqrt(t / (1 - (s if t == 1 else t)))  # sigma_t
         drift = spread ** 2 / (2 * t)
         v = v_from_x0(x, x0, 1000 * t)
-        slope = -(1 + drift * (1 - t)) * dt / t  # v contains -x0 / t
-        return x + (v + drift * (x + (1 - t) * v)) * dt, spread * math.sqrt(-dt), slope
+        mean = x + (v + drift * (x + (1 - t) * v)) * dt
+        slope = -(1 + drift * (1 - t)) * dt / t  # d mean / d x0, as v contains -x0 / t
+        return mean, spread * math.sqrt(-dt), slope
     return kernel
 
 
@@ -114,7 +116,7 @@ def normalise(x):
     with hardly any spread hardly counts. In float64: a row of equal rewards becomes zeros, not
     the noise of its rounding.
     """
-    centred = x.double() - x.double().mean(dim=1, keepdim=True)
+    centred = x.double() - x.double().mean(dim=1, keepdim=True)  # (P, G)
     std = centred.square().mean(dim=1, keepdim=True).sqrt()
     return centred / (std.clamp(min=1e-4) + 1e-5)
 

@@ -102,8 +102,9 @@ def score_timestep(generators, shift, device):
     Self Forcing's rule, for every history: RAVEN scales into that range where this clamps to
     it.
     """
-    tau = torch.stack(
-        [torch.randint(1000, (), generator=g, device=g.device) for g in generators]).to(device)
+    tau = [torch.randint(1000, (), generator=g, device=g.device) for g in generators]
+    tau = torch.stack(tau).to(device)  # (B,)
+    # neither pure noise, where both scores know nothing, nor clean, where both agree
     return 1000 * shift_sigma(tau / 1000, shift).clamp(0.02, 0.98)
 
 
@@ -115,8 +116,9 @@ def dmd_direction(x0, fake, real):
     the mean per sample.
     """
     x0, fake, real = x0.double(), fake.double(), real.double()
-    scale = (x0 - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True).clamp(min=1e-5)
-    return (fake - real) / scale
+    # DMD eq. 8: the same size of gradient at every noise level
+    scale = (x0 - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)  # (B, 1, 1, 1, 1)
+    return (fake - real) / scale.clamp(min=1e-5)  # DMD eq. 7: fake - real
 
 
 def dmd_loss(x0, direction, weights=1.0):
@@ -125,22 +127,26 @@ def dmd_loss(x0, direction, weights=1.0):
 
     x0, direction (B, C, F, H, W); weights (F,), see `chunk_weights`.
     """
-    target = (x0.double() - direction).detach()  # no gradient through the scores
-    square = (x0.double() - target).square()
-    return 0.5 * (square.mean(dim=(0, 1, 3, 4)) * weights).mean()
+    target = (x0.double() - direction).detach()  # sg: no gradient through the scores
+    square = (x0.double() - target).square()  # (B, C, F, H, W)
+    return 0.5 * (square.mean(dim=(0, 1, 3, 4)) * weights).mean()  # (F,) -> ()
 
 
 def flow_loss(model, x0, t, context, eps):
     """Flow matching: mean (v - (eps - x0))^2 at x_t; t (B,)."""
-    return (model(add_noise(x0, eps, t), t, context) - (eps - x0)).square().mean()
+    v = model(add_noise(x0, eps, t), t, context)  # (B, C, F, H, W)
+    return (v - (eps - x0)).square().mean()
 
 
 @torch.no_grad()
 def compare_scores(x0, teacher, critic, context, negative, guidance, shift, generators):
     """The DMD direction at x0 (B, C, F, H, W), at one random noise level per sample."""
-    t = score_timestep(generators, shift, x0.device)
+    t = score_timestep(generators, shift, x0.device)  # (B,)
     x_t = add_noise(x0, gaussian(x0.shape, generators, x0.device), t)
-    real = x0_from_v(x_t, guided_velocity(teacher, x_t, t, context, negative, guidance), t)
+    # s_real: where the data's distribution lies; guidance sharpens it
+    v = guided_velocity(teacher, x_t, t, context, negative, guidance)
+    real = x0_from_v(x_t, v, t)
+    # s_fake: where the student's own distribution lies
     fake = x0_from_v(x_t, critic(x_t, t, context), t)
     return dmd_direction(x0, fake, real)
 
@@ -161,7 +167,10 @@ def with_reward(direction, gradient, weight):
     Per sample, the gradient is brought to the direction's norm.
     """
     gradient = gradient.double()
-    scale = direction.flatten(1).norm(dim=1) / gradient.flatten(1).norm(dim=1).clamp(min=1e-12)
+    norms = (x.flatten(1).norm(dim=1) for x in (direction, gradient))  # (B,) each
+    size, of_reward = norms
+    scale = size / of_reward.clamp(min=1e-12)
+    # minus: the loss falls against the direction, the reward rises along its gradient
     return direction - weight * scale.view(-1, 1, 1, 1, 1) * gradient
 
 
@@ -203,11 +212,14 @@ def denoise_data(generator, b, steps, chunks, clean_history):
     Each chunk has a timestep of its own among `steps`; for CausVid also 0, as its history is
     clean at inference.
     """
-    levels = torch.tensor([*steps] if clean_history else [*steps, 0.0], device=b.data.device)
-    t = levels[draw_per_chunk(len(levels), chunks, b.generators, b.data.device)]  # (B, F)
-    x_t = add_noise(b.data, gaussian(b.data.shape, b.generators, b.data.device), t)
-    if clean_history:
+    device = b.data.device
+    levels = torch.tensor([*steps] if clean_history else [*steps, 0.0], device=device)
+    index = draw_per_chunk(len(levels), chunks, b.generators, device)
+    t = levels[index]  # (B, F)
+    x_t = add_noise(b.data, gaussian(b.data.shape, b.generators, device), t)
+    if clean_history:  # the sequence has both: noisy chunks, and clean ones as their history
         return interleaved_x0(generator, x_t, t, b.data, b.context, chunks)
+    # what a chunk sees of the past is as noisy as it happens to be
     return x0_from_v(x_t, generator(x_t, t, b.context, block_causal(chunks)), t)
 
 
@@ -218,7 +230,7 @@ def student_sample(history, generator, b, steps, chunks, grad_from=0):
         x_t = b.states[b.exit_step]
         t = torch.full((x_t.shape[0], x_t.shape[2]), steps[b.exit_step], device=x_t.device)
         return interleaved_x0(generator, x_t, t, b.endpoints, b.context, chunks)
-    if history in ('diffusion-forcing', 'teacher-forcing'):
+    if history in WITH_DATA:
         return denoise_data(generator, b, steps, chunks, history == 'teacher-forcing')
     return self_rollout(generator, b, steps, chunks, grad_from)
 

@@ -66,9 +66,11 @@ def solver_grid(timesteps, shift, count):
     sigmas, indices = [], []
     for t, high, low in zip(timesteps, edges, edges[1:]):
         indices.append(len(sigmas))
+        sigmas.append(t / 1000)
+        # between two of the student's timesteps as many steps as their distance deserves
         n = max(1, round(count * (high - low)))
-        sigmas += [t / 1000
-                   ] + [shift_sigma(high + (low - high) * i / n, shift) for i in range(1, n)]
+        between = [high + (low - high) * i / n for i in range(1, n)]
+        sigmas += [shift_sigma(sigma, shift) for sigma in between]
     return sigmas + [0.0], indices + [len(sigmas)]
 
 
@@ -102,7 +104,9 @@ def regression_loss(x0, clean, t):
     """
     noisy = (t > 0).float()  # (B, F)
     error = (x0 - clean).square().mean(dim=(1, 3, 4))  # (B, F)
-    return ((error * noisy).sum(1) / noisy.sum(1).clamp(min=1)).mean()
+    # differs from the public code: the mean of each sample first, then of the samples (B,)
+    each = (error * noisy).sum(1) / noisy.sum(1).clamp(min=1)
+    return each.mean()
 
 
 def megabytes(count):

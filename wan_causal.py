@@ -1501,7 +1501,7 @@ def load_function(name, flag, known):
 # checkpoint in the wild
 
 @contextlib.contextmanager
-def understanding(path):
+def loading(what):
     """Around the few lines that take a file of another project apart, or hand it to its
     package: whatever it lacks, or holds instead, becomes one sentence that names it."""
     try:
@@ -1509,9 +1509,8 @@ def understanding(path):
     except (InputError, MemoryError, torch.OutOfMemoryError, ImportError):
         raise  # a sentence already, or the machine's
     except Exception as error:
-        raise InputError(f'{path} is damaged or of an unknown form ({type(error).__name__}: '
-                         f'{first_line(error)})'
-                         ) from error
+        why = f'{type(error).__name__}: {first_line(error)}'
+        raise InputError(f'cannot load {what} ({why})') from error
 
 
 def pretrained(kind, name, dtype=torch.float32, **kwargs):
@@ -1520,7 +1519,7 @@ def pretrained(kind, name, dtype=torch.float32, **kwargs):
     from transformers.utils import logging
     # its "Loading weights" would be the first line that a user sees
     logging.disable_progress_bar()
-    with understanding(name):
+    with loading(f'the {kind.__name__} of {name}'):
         model, info = kind.from_pretrained(name, output_loading_info=True, dtype=dtype,
                                            **kwargs)
     if info['missing_keys']:
@@ -1532,7 +1531,7 @@ def pretrained(kind, name, dtype=torch.float32, **kwargs):
 def load_tokenizer(name, kind='AutoTokenizer'):
     """A tokenizer of transformers from a folder or hub repository."""
     import transformers
-    with understanding(name):
+    with loading(f'the tokenizer of {name}'):
         return getattr(transformers, kind).from_pretrained(name)
 
 
@@ -1668,7 +1667,7 @@ def read_folder(folder, stem='diffusion_pytorch_model'):
     index = folder / f'{stem}.safetensors.index.json'
     files = [folder / f'{stem}.safetensors']
     if index.exists():
-        with understanding(index):
+        with loading(index):
             files = [
                 folder / name for name in sorted(set(read_json(index)['weight_map'].values()))
             ]
@@ -1790,10 +1789,10 @@ def load_config(folder):
             raise InputError(f'{folder} is a {raw["model_type"]} model: only text-to-video '
                              '(t2v) models are supported')
         known = {f.name for f in dataclasses.fields(WanConfig)}
-        with understanding(folder / 'config.json'):
+        with loading(folder / 'config.json'):
             return WanConfig(**{key: value for key, value in raw.items() if key in known})
     index = read_json(folder / 'model_index.json', dict)
-    with understanding(folder / 'model_index.json'):
+    with loading(folder / 'model_index.json'):
         if index.get('boundary_ratio') or any(index.get('transformer_2') or ()):
             raise InputError(f'{folder} has two experts (transformer_2, boundary_ratio): Wan '
                              '2.2 is not supported')
@@ -1801,7 +1800,7 @@ def load_config(folder):
     if raw.get('image_dim') or raw.get('added_kv_proj_dim'):
         raise InputError(f'{folder} is an image-to-video model: only text-to-video models are '
                          'supported')
-    with understanding(folder / 'transformer/config.json'):
+    with loading(folder / 'transformer/config.json'):
         return WanConfig(dim=raw['num_attention_heads'] * raw['attention_head_dim'],
                          ffn_dim=raw['ffn_dim'], num_heads=raw['num_attention_heads'],
                          num_layers=raw['num_layers'], freq_dim=raw['freq_dim'],
@@ -1814,7 +1813,7 @@ def load_dit(name, dtype=torch.float32, device='cpu'):
     """The DiT of a model folder or hub repository."""
     folder = find_folder(name, DIT_FILES)
     config = load_config(folder)
-    with torch.device('meta'), understanding(f'the config of {folder}'):
+    with torch.device('meta'), loading(f'the config of {folder}'):
         model = WanModel(config)
     state = read_folder(folder / 'transformer' if is_diffusers(folder) else folder)
     return load_exactly(model, native_keys(state, model.state_dict()), folder).to(device, dtype)
@@ -1829,7 +1828,7 @@ def load_vae(name, dtype=torch.float32, device='cpu', **sizes):
         if raw.get('is_residual') or raw.get('patch_size'):
             raise InputError(f'{folder}/vae has the Wan 2.2 layout: only the Wan 2.1 VAE is '
                              'supported')
-        with understanding(folder / 'vae/config.json'):
+        with loading(folder / 'vae/config.json'):
             vae = WanVAE(dim=raw['base_dim'], z_dim=raw['z_dim'], dim_mult=raw['dim_mult'],
                          num_res_blocks=raw['num_res_blocks'],
                          temporal_downsample=raw['temperal_downsample'],
@@ -1887,7 +1886,7 @@ def load_image_reward(name, device='cpu'):
     state, metadata = read_state(file)
     words = folder / 'tokenizer'
     tokenizer = load_tokenizer(words if words.is_dir() else 'bert-base-uncased')
-    with understanding(file):
+    with loading(file):
         model = ImageReward(tokenizer, **json.loads(metadata.get('config', '{}')))
     names = {ImageReward.published_key(key): key for key in model.state_dict()}
     unused = ('blip.vision_proj.', 'blip.text_proj.',
@@ -1966,7 +1965,7 @@ def adapter_config(path, metadata):
     beside = path.parent / 'adapter_config.json'
     config = read_json(beside, dict) if beside.is_file() else {}
     if 'lora_adapter_metadata' in metadata:
-        with understanding(path):
+        with loading(path):
             config = {key.removeprefix('transformer.'): value
                       for key, value in json.loads(metadata['lora_adapter_metadata']).items()}
     if 'lora_alpha' in metadata:
@@ -2507,7 +2506,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     (see `parse_known`), and what a help text says of a default only where the flag has none."""
 
     def _get_help_string(self, action):
-        if action.default is None:
+        if action.default in (None, argparse.SUPPRESS):
             return action.help
         said = re.sub(r' \(default: .*?\)', '', action.help)
         return f'{said} (default: %(default)s)'

@@ -185,7 +185,7 @@ def test_a_clip_with_less_than_it_needs_is_refused(clip_folder, tmp_path):
     with pytest.raises(wc.InputError, match="head.pth is no aesthetic head for CLIP features of 12 numbers"):
         cm_grpo.Clip(str(copy), str(copy / "head.pth"), "cpu")
     torch.save(3, copy / "head.pth")
-    with pytest.raises(wc.InputError, match="cannot load the aesthetic head of .*head.pth"):
+    with pytest.raises(wc.InputError, match="head.pth holds no state dict"):
         cm_grpo.Clip(str(copy), str(copy / "head.pth"), "cpu")
     weights = load_file(copy / "model.safetensors")
     save_file({key: value for key, value in weights.items() if key != "visual_projection.weight"},

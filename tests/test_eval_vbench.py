@@ -452,7 +452,8 @@ def test_missing_and_unreadable_videos(videos, networks, tmp_path):
     copies.mkdir()
     for file in (videos / "videos").glob("a *"):
         (copies / file.name).write_bytes(file.read_bytes())
-    some = scoring(networks, "--full-info", videos / "full_info.json", "--out", tmp_path, "--dimensions")
+    some = ["--samples", 2, "--device", "cpu", "--full-info", videos / "full_info.json", "--out", tmp_path,
+            "--dimensions"]
     gone, broken = copies / "a red cat-1.mp4", copies / "a blue plain circle bouncing on a gray background-1.mp4"
     gone.unlink()
     code, _, err = call("score", *some, "background_consistency")
@@ -624,7 +625,8 @@ def test_any_folder_of_videos_is_scored_without_prompts(networks, tmp_path):
     for n, name in enumerate(("one.mp4", "Some other film.mp4")):
         imageio.mimwrite(tmp_path / "mine" / name, synthetic(n, 3 + n), fps=16, macro_block_size=1,
                          pixelformat="yuv444p")
-    flags = ["--custom", "--videos", tmp_path / "mine", "--out", tmp_path / "out", *scoring(networks)[2:]]
+    flags = ["--custom", "--videos", tmp_path / "mine", "--out", tmp_path / "out", "--dino", networks / "dino",
+             "--device", "cpu"]
     code, _, err = call("score", *flags, "--dimensions", "subject_consistency")
     assert code == 0, err
     total, rows = json.loads((tmp_path / "out/results/subject_consistency_eval_results.json").read_text())[
@@ -633,10 +635,12 @@ def test_any_folder_of_videos_is_scored_without_prompts(networks, tmp_path):
     a, b = (row["video_results"] for row in rows)
     assert total == pytest.approx((3 * a + 2 * b) / 5)  # of 3 and 2 pairs of frames
     for flag, words in ((("--samples", 3), "--samples 3 has no effect here: every video"),
+                        (("--aesthetic-head", "x.pth"), "--aesthetic-head x.pth has no effect here: aesthetic quality"),
+                        (("--clip", "x"), "--clip x has no effect here"),
                         (("--vbench-gpus", 2), "--vbench-gpus 2 has no effect here")):
         code, _, err = call("score", *flags, "--dimensions", "subject_consistency", *flag)
         assert code == 2 and words in err
-    code, _, err = call("score", *flags, "--dimensions", "scene")
+    code, _, err = call("score", "--custom", "--videos", tmp_path / "mine", "--dimensions", "scene")
     assert code == 2 and "no prompt of this suite is for it" in err
     code, _, err = call("score", "--custom", "--out", tmp_path / "out", "--device", "cpu")
     assert code == 2 and "--custom needs --videos" in err

@@ -550,7 +550,7 @@ def test_words_outside_the_vocabulary(tmp_path):
 
 @pytest.mark.parametrize("damage, words", [
     (lambda file: save_file({k: v for k, v in load_file(file).items() if ".wo." not in k}, file), "lacks 2 of its tensors"),
-    (lambda file: file.write_bytes(file.read_bytes()[:5000]), "text_encoder is damaged or of an unknown form")])
+    (lambda file: file.write_bytes(file.read_bytes()[:5000]), "cannot load the UMT5EncoderModel of .*text_encoder")])
 def test_a_damaged_text_encoder_of_diffusers(tmp_path, damage, words):
     shutil.copytree("tests/tiny/text_encoder", tmp_path / "text_encoder")
     shutil.copytree("tests/tiny/tokenizer", tmp_path / "tokenizer")
@@ -604,10 +604,10 @@ def test_sharded_diffusers_layout(tmp_path):
     (lambda d: (d / "high_noise_model").mkdir(), "two experts"),
     (lambda d: (d / "model_index.json").write_text('{"boundary_ratio": 0.9}'), "two experts"),
     (lambda d: (d / "model_index.json").write_text('{"transformer_2": ["diffusers", "X"]}'), "two experts"),
-    (lambda d: (d / "config.json").write_text(json.dumps({**SMALL, "num_heads": 0})), "config.json is damaged or of an unknown form"),
-    (lambda d: (d / "config.json").write_text(json.dumps({**SMALL, "dim": "wide"})), "config.json is damaged or of an unknown form"),
-    (lambda d: (d / "diffusion_pytorch_model.safetensors.index.json").write_text("{}"), "index.json is damaged or of an unknown form"),
-    (lambda d: (d / "google/umt5-xxl/tokenizer.json").unlink(), "umt5-xxl is damaged or of an unknown form")])
+    (lambda d: (d / "config.json").write_text(json.dumps({**SMALL, "num_heads": 0})), "cannot load .*config.json"),
+    (lambda d: (d / "config.json").write_text(json.dumps({**SMALL, "dim": "wide"})), "cannot load .*config.json"),
+    (lambda d: (d / "diffusion_pytorch_model.safetensors.index.json").write_text("{}"), "cannot load .*index.json"),
+    (lambda d: (d / "google/umt5-xxl/tokenizer.json").unlink(), "cannot load the tokenizer of .*umt5-xxl")])
 def test_damaged_folders(tmp_path, damage, words):
     write_original(tmp_path / "wan")
     damage(tmp_path / "wan")
