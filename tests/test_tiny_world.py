@@ -300,7 +300,7 @@ def test_videos_side_by_side(name, tmp_path, monkeypatch):
     monkeypatch.setattr(tw, "sample", lambda out, name, some: clips(some, 9, seed=len(name)))
     tw.picture(None, ["teacher", "ode"], tmp_path / name, 2)
     video = imageio.v3.imread(tmp_path / name, index=...)  # all frames
-    assert video.shape[:3] == (9, 352, 416)
+    assert video.shape[:3] == (9, 352, 432)
 
 
 def test_the_committed_pictures():
