@@ -3,10 +3,11 @@
     python tests/miniature.py                   # everything; a killed run goes on where it was
     python tests/miniature.py ode reward        # what these runs need, and these
     python tests/miniature.py --fast            # every stage for a few steps: shows that it runs, proves nothing
+    python tests/miniature.py --draw tests/tiny # no runs: the tables and pictures again, of the figures kept there
 
 Each stage leaves RUNS/<name>-<seed>/model.safetensors; what it shows of held-out captions goes to RUNS/results.json and
-RUNS/drift.json (`tests/tiny_world.py compare` and `drift`). At the end the tables of both and of the papers' claims are
-printed, and drawn: claims.svg, curves.svg (rewards of CM-GRPO), generators.mp4 (a column for each run).
+RUNS/drift.json (`tests/tiny_world.py compare` and `drift`), the rewards during CM-GRPO to RUNS/curves.json. At the end
+the tables and the papers' claims are printed, and drawn: claims.png, curves.png, generators.mp4 (a row for each run).
 """
 import argparse
 import json
@@ -19,6 +20,8 @@ import time
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure  # here, so that it is missed before the hours of running, not after
+from matplotlib.patches import Patch
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -100,23 +103,56 @@ def claims_table(runs):
     return '\n'.join(lines)
 
 
-def draw_claims(path, rows, width=760, line=24):
-    """`claims` as an SVG: for each a bar of what is claimed to be larger, the line being what it is compared with."""
-    colours = {'yes': '#2a8f4a', 'no': '#d1541f', 'unclear': '#999'}
-    height, zero, unit = line * len(rows) + 40, 500, 150  # the line's place; pixels per 100 %
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
-             f'font-size="12"><rect width="100%" height="100%" fill="white"/>']
-    for i, (words, _, a, _, b, factor, spread, verdict) in enumerate(rows):
-        scale = abs(factor * statistics.mean(b)) or 1
-        gap = unit * (statistics.mean(a) - factor * statistics.mean(b)) / scale
-        gap, error, y = max(-unit, min(gap, 1.4 * unit)), unit * (spread or 0) / scale, 20 + line * i
-        parts.append(f'<text x="8" y="{y + 12}">{words}</text>'
-                     f'<rect x="{zero + min(gap, 0):.1f}" y="{y}" width="{abs(gap):.1f}" height="16" '
-                     f'fill="{colours[verdict]}"><title>{verdict}</title></rect>'
-                     f'<path d="M{zero + gap - error:.1f} {y + 8}h{2 * error:.1f}" stroke="black"/>')
-    parts.append(f'<path d="M{zero} 10V{height - 24}" stroke="black"/><text x="{width - 8}" y="{height - 8}" '
-                 'text-anchor="end">to the right: as the papers say; green yes, red no, grey unclear</text></svg>')
-    path.write_text('\n'.join(parts) + '\n')
+COLOURS = {'yes': '#2a8f4a', 'unclear': '#999999', 'no': '#d1541f'}  # of a verdict
+VERDICTS = {'yes': 'holds', 'unclear': 'is unclear: less than the spread', 'no': 'does not hold'}
+WINDOW = 20  # steps that each point of a curve is the mean of
+MEASURES = {'path': 'pixels per frame', 'reward': 'reward', 'texture_correlation': 'texture correlation',
+            'last_reward': 'reward, last third'}
+
+
+def claim_bars(rows):
+    """`claims` as what is drawn of them: [(words, what is compared, bar, half its interval, both figures, verdict)].
+
+    The bar is by how much the left figure is above what it is compared with, as a share of that, and at most from -1 to
+    1.5; its interval is the spread to either side.
+    """
+    bars = []
+    for words, left, a, right, b, factor, spread, verdict in rows:
+        (run, measure), (other, _) = left.split(), right.split()
+        compared = f'{MEASURES[measure]}: {tiny_world.WORDS[run]} against {tiny_world.WORDS[other]}'
+        ours, theirs = statistics.mean(a), statistics.mean(b)
+        unit, times = abs(factor * theirs) or 1, '' if factor == 1 else f'{factor} × '
+        bars.append((words, compared, max(-1, min((ours - factor * theirs) / unit, 1.5)), (spread or 0) / unit,
+                     f'{ours:.2f} against {times}{theirs:.2f}', verdict))
+    return bars
+
+
+def draw_claims(path, bars):
+    """`claim_bars` as a picture: each claim and what is compared for it, a bar from the line of no difference, and at
+    its end both figures."""
+    figure = Figure(figsize=(10, 1.2 + 0.42 * len(bars)), dpi=100, layout='constrained')
+    axes = figure.subplots()
+    for place, (words, compared, length, error, figures, verdict) in enumerate(bars):
+        axes.barh(place, length, 0.6, color=COLOURS[verdict])
+        axes.errorbar(length, place, xerr=error, ecolor='black', elinewidth=1, capsize=2)
+        axes.text(max(0, length + error) + 0.02, place, figures, va='center', fontsize=10)
+        for text, side, style in ((words, 'bottom', {'fontsize': 10}),
+                                  (compared, 'top', {'fontsize': 8, 'color': '#666666'})):
+            axes.text(-0.01, place, text, ha='right', va=side, transform=axes.get_yaxis_transform(), **style)
+    low, high = (f(0, *(f(b[2] - b[3], b[2] + b[3]) for b in bars)) for f in (min, max))
+    axes.set_xlim(low - 0.05, high + 0.45)  # room for the figures
+    axes.set_xticks([share / 4 for share in range(-4, 7) if low <= share / 4 <= high])
+    axes.xaxis.set_major_formatter(lambda share, _: f'{100 * share:+.0f} %' if share else 'equal')
+    axes.set_ylim(len(bars) - 0.4, -0.6)  # the first claim on top
+    axes.set_yticks([])
+    axes.axvline(0, color='black', linewidth=1)
+    axes.spines[['top', 'right', 'left']].set_visible(False)
+    figure.supxlabel('bar: how much larger the first is than the second; line: the spread over seeds', fontsize=10)
+    figure.legend([Patch(color=colour) for colour in COLOURS.values()],
+                  [f'the claim {VERDICTS[verdict]}' for verdict in COLOURS],
+                  loc='outside upper center', ncols=3, frameon=False)
+    figure.savefig(path)
+    return figure
 
 
 def plan(runs, names, fast, seeds):
@@ -216,29 +252,41 @@ def read_curves(runs, name, key, window):
     return torch.tensor([row[:steps] for row in rows]).unfold(1, min(window, steps), 1).mean(2)
 
 
-def draw_curves(path, curves, title, width=640, height=300):
-    """{name: (seeds, steps)} as an SVG: the mean of each, and a band from the lowest to the highest seed."""
-    colours = ('#1f6fb4', '#d1541f', '#2a8f4a', '#8a4fb0')
-    low, high = min(c.min().item() for c in curves.values()), max(c.max().item() for c in curves.values())
-    longest = max(c.shape[1] for c in curves.values()) - 1
+def curve_bands(curves):
+    """{run: (seeds, steps)} as what is kept and drawn: {run: {mean, lowest, highest: a number for each step}}."""
+    return {name: {key: [round(value, 4) for value in line.tolist()] for key, line in
+                   (('mean', curve.mean(0)), ('lowest', curve.amin(0)), ('highest', curve.amax(0)))}
+            for name, curve in curves.items()}
 
-    def y_of(value):
-        return height - 30 - (height - 60) * (value - low) / max(high - low, 1e-9)
 
-    def points(values):
-        return [f'{50 + (width - 60) * i / max(longest, 1):.1f},{y_of(v):.1f}' for i, v in enumerate(values.tolist())]
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
-             f'font-size="12"><rect width="100%" height="100%" fill="white"/><text x="50" y="18">{title}</text>']
-    for value in (low, (low + high) / 2, high):
-        parts.append(f'<text x="8" y="{y_of(value) + 4:.1f}">{value:.2f}</text>'
-                     f'<path d="M50 {y_of(value):.1f}H{width - 10}" stroke="#ddd"/>')
-    parts.append(f'<text x="{width - 10}" y="{height - 10}" text-anchor="end">step {longest}</text>')
-    for i, ((name, curve), colour) in enumerate(zip(curves.items(), colours)):
-        band = ' '.join(points(curve.amin(0)) + points(curve.amax(0))[::-1])
-        parts.append(f'<polygon points="{band}" fill="{colour}" opacity="0.2"/><polyline '
-                     f'points="{" ".join(points(curve.mean(0)))}" fill="none" stroke="{colour}" stroke-width="2"/>'
-                     f'<text x="{60 + 150 * i}" y="{height - 10}" fill="{colour}">{name}</text>')
-    path.write_text('\n'.join([*parts, '</svg>']) + '\n')
+def draw_curves(path, bands, window):
+    """`curve_bands` as a picture: each run's mean as a line, in a band from its lowest to its highest seed."""
+    figure = Figure(figsize=(8, 4), dpi=100, layout='constrained')
+    axes = figure.subplots()
+    for (name, band), colour in zip(bands.items(), ('#1f6fb4', '#d1541f', '#2a8f4a', '#8a4fb0')):
+        steps = range(len(band['mean']))
+        axes.fill_between(steps, band['lowest'], band['highest'], color=colour, alpha=0.2, linewidth=0)
+        axes.plot(steps, band['mean'], color=colour, linewidth=2, label=tiny_world.WORDS.get(name, name))
+    axes.set_xlabel(f'training step (each point: the mean of {window} steps from there)')
+    axes.set_ylabel('reward of the training rollouts')
+    axes.grid(color='#dddddd')
+    axes.set_axisbelow(True)
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.legend(loc='lower right', title='line: mean, band: lowest to highest seed', frameon=False)
+    figure.savefig(path)
+    return figure
+
+
+def report(figures, pictures):
+    """Print the tables of the figures in a folder, and draw the claims and curves into the folder `pictures`."""
+    for file, columns in (('results.json', tiny_world.RESULTS), ('drift.json', tiny_world.DRIFT)):
+        if (figures / file).exists():
+            print(tiny_world.results_table(json.loads((figures / file).read_text()), columns), '\n')
+    print(claims_table(figures))
+    if bars := claim_bars(claims(figures)):
+        draw_claims(pictures / 'claims.png', bars)
+    if (figures / 'curves.json').exists():
+        draw_curves(pictures / 'curves.png', json.loads((figures / 'curves.json').read_text()), WINDOW)
 
 
 def main():
@@ -248,7 +296,11 @@ def main():
     p.add_argument('--seeds', type=int, help='seeds of each but student and ode (default: one, or two where it counts)')
     p.add_argument('--jobs', type=int, default=2, help='stages side by side, each on one thread')
     p.add_argument('--fast', action='store_true', help='a few steps of each stage')
+    p.add_argument('--draw', type=Path, metavar='FOLDER',
+                   help='no runs: print the tables of the figures in FOLDER and draw them into tests/')
     args = p.parse_args()
+    if args.draw:
+        return report(args.draw, HERE)
     if unknown := [name for name in args.names if name not in STAGES]:
         p.error(f'no run {unknown[0]}: the runs are {", ".join(STAGES)}')
     runs = (args.runs or Path('runs/miniature_fast' if args.fast else 'runs/miniature')).resolve()
@@ -256,15 +308,11 @@ def main():
     execute(jobs, runs, args.jobs)
     minutes = sum(int((runs / f'logs/{name}.done').read_text().split()[0]) for name in jobs) / 60
     print(f'{len(jobs)} jobs of {minutes:.0f} minutes together, {minutes / args.jobs:.0f} with {args.jobs} at a time\n')
-    for file, columns in (('results.json', tiny_world.RESULTS), ('drift.json', tiny_world.DRIFT)):
-        if (runs / file).exists():
-            print(tiny_world.results_table(json.loads((runs / file).read_text()), columns), '\n')
-    print(claims_table(runs))
-    draw_claims(runs / 'claims.svg', list(claims(runs)))
-    curves = {name: read_curves(runs, name, 'reward_imagereward', 20) for name in ('raven_cm', 'reward_cm', 'reward_em')
-              if (runs / f'{name}-0/metrics.jsonl').exists()}
+    curves = {name: read_curves(runs, name, 'reward_imagereward', WINDOW) for name in
+              ('raven_cm', 'reward_cm', 'reward_em') if (runs / f'{name}-0/metrics.jsonl').exists()}
     if curves:
-        draw_curves(runs / 'curves.svg', curves, 'Reward of the rollouts (mean of 20 steps), lowest to highest seed')
+        (runs / 'curves.json').write_text(json.dumps(curve_bands(curves)) + '\n')
+    report(runs, runs)
 
 
 if __name__ == '__main__':

@@ -1,12 +1,12 @@
 """The miniature's plan and its runner; the stages themselves are run by the other tests."""
 import json
-import re
 from pathlib import Path
 
 import miniature
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 from test_house import refused_commands
 
 
@@ -54,9 +54,34 @@ def test_curves(tmp_path):
         (folder / "metrics.jsonl").write_text("\n".join(json.dumps({"reward": i + shift}) for i in range(6)))
     curve = miniature.read_curves(tmp_path, "run", "reward", 2)
     assert torch.equal(curve, torch.tensor([[.5, 1.5, 2.5, 3.5, 4.5], [1.5, 2.5, 3.5, 4.5, 5.5]]))
-    miniature.draw_curves(tmp_path / "x.svg", {"run": curve}, "title")
-    svg = (tmp_path / "x.svg").read_text()
-    assert svg.startswith("<svg") and svg.count("<polyline") == 1 and "step 4" in svg
+    bands = miniature.curve_bands({"reward_cm": curve})
+    assert bands == {"reward_cm": {"mean": [1, 2, 3, 4, 5], "lowest": [.5, 1.5, 2.5, 3.5, 4.5],
+                                   "highest": [1.5, 2.5, 3.5, 4.5, 5.5]}}
+    figure = miniature.draw_curves(tmp_path / "x.png", bands, 2)
+    assert min(Image.open(tmp_path / "x.png").size) >= 400
+    axes, = figure.axes
+    line, = axes.lines
+    assert list(line.get_ydata()) == bands["reward_cm"]["mean"]
+    assert (axes.dataLim.y0, axes.dataLim.y1) == (0.5, 5.5)  # the band's
+    assert [text.get_text() for text in axes.get_legend().texts] == ["reward forcing + CM-GRPO"]
+
+
+def test_pictures_of_kept_figures(tmp_path):
+    """`--draw` on the committed figures: the pictures beside the tests are of these."""
+    miniature.report(ROOT / "tests/tiny", tmp_path)
+    for name in ("claims.png", "curves.png"):
+        sizes = [Image.open(folder / name).size for folder in (tmp_path, ROOT / "tests")]
+        assert sizes[0] == sizes[1] and min(sizes[0]) >= 400
+    kept = json.loads((ROOT / "tests/tiny/curves.json").read_text())
+    steps = {name: len(band["mean"]) for name, band in kept.items()}
+    assert steps == {"raven_cm": 161, "reward_cm": 26, "reward_em": 26}
+    for band in kept.values():
+        assert all(low <= mean <= high for low, mean, high in zip(*map(band.get, ("lowest", "mean", "highest"))))
+
+
+def test_every_run_that_is_drawn_has_words():
+    assert {*miniature.STAGES, *(figure.split()[0] for claim in miniature.CLAIMS for figure in claim[1:3])} <= \
+        set(miniature.tiny_world.WORDS)
 
 
 def test_claims(tmp_path):
@@ -68,16 +93,22 @@ def test_claims(tmp_path):
     verdicts = [line.split(" | ")[-1].strip(" |") for line in miniature.claims_table(tmp_path).splitlines()[2:]]
     assert verdicts == ["yes", "unclear", "unclear", "no", "no"]
     assert "against 0.9 × student path 1.00" in miniature.claims_table(tmp_path)
-    miniature.draw_claims(tmp_path / "claims.svg", list(miniature.claims(tmp_path)))
-    drawn = (tmp_path / "claims.svg").read_text()
-    bars = re.findall(r'<rect x="([^"]+)" y="\d+" width="([^"]+)".*?<title>(\w+)', drawn)
-    assert [verdict for *_, verdict in bars] == verdicts
-    assert bars[0][:2] == ("500.0", "50.0")  # ODE's path is a third above 0.9 of the student's
-    assert float(bars[4][0]) + float(bars[4][1]) == 500  # to the left of the line
+    bars = miniature.claim_bars(miniature.claims(tmp_path))
+    assert [bar[-1] for bar in bars] == verdicts
+    assert bars[0][:2] == (miniature.CLAIMS[0][0], "pixels per frame: ODE only against student, 4 steps")
+    assert bars[0][2] == pytest.approx(1 / 3) and bars[0][4] == "1.20 against 0.9 × 1.00"
+    assert bars[4][2] == pytest.approx(0.15 / 1.08 - 1)  # to the left of the line
+    assert bars[0][3] == pytest.approx(0.005 ** 0.5 / 0.9)  # the spread of reward's path
+    figure = miniature.draw_claims(tmp_path / "claims.png", bars)
+    assert min(Image.open(tmp_path / "claims.png").size) >= 300
+    axes, = figure.axes
+    assert [patch.get_width() for patch in axes.patches] == pytest.approx([bar[2] for bar in bars])
+    drawn = {text.get_text() for text in axes.texts}
+    assert drawn == {text for bar in bars for text in (bar[0], bar[1], bar[4])}
     (tmp_path / "results.json").write_text(json.dumps({k: v for k, v in rows.items() if k != "reward-1"}))
     assert {verdict for *_, verdict in miniature.claims(tmp_path)} == {"unclear"}  # no run has two seeds
     assert "(no spread, 1 and 1 seeds)" in miniature.claims_table(tmp_path)
-    miniature.draw_claims(tmp_path / "claims.svg", list(miniature.claims(tmp_path)))
+    miniature.draw_claims(tmp_path / "claims.png", miniature.claim_bars(miniature.claims(tmp_path)))
 
 
 def test_the_readme_has_the_claims_as_measured():

@@ -227,6 +227,92 @@ def test_rows_are_named_by_run_and_seed():
     assert tw.by_run(rows) == {"raven": [{"path": 1}, {"path": 3}], "raven_chunk1": [{"path": 2}]}
 
 
+# ---------------------------------------------------------------------------------------------- pictures
+
+def test_grid_of_clips():
+    """Every clip lies where its row and column meet, in white gutters, and moves; labels fold and are drawn outside."""
+    colours = torch.linspace(-0.8, 0.5, 6).view(2, 3, 1, 1, 1, 1).expand(2, 3, 3, 4, 32, 48).clone()
+    colours[:, :, :, 3] = -1  # the last frame is black
+    frames = tw.grid(colours, ["one", "another row"], ["a", "b", "a caption of some length"], margin=64, gap=8)
+    assert frames.dtype == torch.uint8 and frames.shape[0] == 4 and frames.shape[3] == 3
+    assert frames.shape[1] % 16 == frames.shape[2] % 16 == 0
+    changes = (frames[0] != frames[3]).any(2)
+    places = [changes.any(axis).diff().nonzero().flatten() + 1 for axis in (0, 1)]  # where clips begin and end
+    assert places[0].tolist() == [64, 112, 120, 168, 176, 224]
+    top = int(places[1][0])
+    assert places[1].tolist() == [top, top + 32, top + 40, top + 72]
+    values = tw.to_bytes(colours[:, :, 0, 0, 0, 0])
+    for r, c in ((r, c) for r in range(2) for c in range(3)):
+        y, x = top + 40 * r, 64 + 56 * c
+        assert (frames[0, y:y + 32, x:x + 48] == values[r, c]).all()
+    for part in (frames[0, top:, 112:120], frames[0, top + 32:top + 40, 64:], frames[0, top + 72:]):
+        assert (part == 255).all()
+    assert (frames[0, top:top + 32, :64] < 128).any() and (frames[0, :top, 176:224] < 128).any()  # the labels
+
+
+def test_labels_fold_between_words():
+    from PIL import ImageFont
+    font = ImageFont.load_default(size=13)
+    text = "a green checkered circle moving in circles on a navy background"
+    folded = tw.fold(text, font, 128)
+    assert folded.replace("\n", " ") == text and 3 <= len(folded.splitlines()) <= 4
+    assert max(font.getlength(line) for line in folded.splitlines()) <= 128
+    assert tw.fold(text, font, 1).splitlines() == text.split()
+    assert tw.in_words("runs/raven_cm-1/model.safetensors") == "RAVEN + CM-GRPO"
+    assert tw.in_words("tests/tiny/reward_forced.safetensors") == "reward forcing"
+    assert tw.in_words("mine.safetensors") == "mine"
+
+
+def test_close_up_has_the_object_in_the_middle_and_whole():
+    captions = [f"a red striped {shape} moving right on a teal background" for shape in tw.SHAPES]
+    frames = clips(captions, 57)[:, :, ::8].transpose(1, 2).flatten(0, 1)  # on its way round the torus
+    for frame in frames:
+        near = tw.close_up(frame)
+        mask = tw.find_object((near[:, None] + 1) / 2)[2]
+        assert near.shape == (3, 48, 48) and (torch.remainder(tw.centroids(mask), 48) - 24).abs().max() < 1.5
+        whole = tw.find_object((frame[:, None] + 1) / 2)[2]
+        assert mask.sum() > 0.97 * whole.sum()
+    nothing = torch.zeros(3, 64, 64)
+    assert torch.equal(tw.close_up(nothing), nothing[:, 8:56, 8:56])
+
+
+def test_captions_of_the_close_up_are_chosen_by_rule(tmp_path, monkeypatch, capsys):
+    assert tw.at_shares([5, 1, 4, 2, 3], [0, 0.5, 1]) == [1, 4, 0]
+    captions = tw.split()[1][::5]
+    drawn = tw.render(captions, 2, generator=torch.Generator().manual_seed(0))
+    blurred = tw.degrade(drawn[:, :, -1], "blur", torch.linspace(0, 1, 40), None).unsqueeze(2)
+    monkeypatch.setattr(tw, "sample", lambda out, name, some: drawn if name == "reward" else blurred)
+    tw.closeup(None, "ode", "reward", tmp_path / "x.png", 40)
+    told = capsys.readouterr().out
+    assert "Of 40 held-out captions" in told and "from ODE only to reward forcing" in told
+    fits = [tw.texture_fit(frames[:, :, -1], captions) for frames in (blurred, drawn)]
+    for texture in tw.TEXTURES[1:]:
+        rows = [f"{c}: {a:.2f} to {b:.2f}" for b, a, c in sorted(
+            ((b, a, c) for a, b, c in zip(*fits, captions) if tw.parse(c)["texture"] == texture),
+            key=lambda row: row[0] - row[1])]
+        assert "\n".join(rows[round(share * (len(rows) - 1))] for share in (0.1, 0.5, 0.9)) in told
+    from PIL import Image
+    assert Image.open(tmp_path / "x.png").size[0] > 1000
+
+
+@pytest.mark.parametrize("name", ["videos.webp", "videos.mp4"])
+def test_videos_side_by_side(name, tmp_path, monkeypatch):
+    import imageio
+    monkeypatch.setattr(tw, "sample", lambda out, name, some: clips(some, 9, seed=len(name)))
+    tw.picture(None, ["teacher", "ode"], tmp_path / name, 2)
+    video = imageio.v3.imread(tmp_path / name, index=...)  # all frames
+    assert video.shape[:3] == (9, 352, 432)
+
+
+def test_the_committed_pictures():
+    from PIL import Image
+    with Image.open(ROOT / "tests" / "videos.webp") as videos:
+        assert videos.n_frames == 57 and videos.info["loop"] == 0
+    assert (ROOT / "tests" / "videos.webp").stat().st_size < 1e6
+    for name in ("closeup", "claims", "curves"):
+        assert min(Image.open(ROOT / "tests" / f"{name}.png").size) >= 400
+
+
 def test_measured_figures_are_those_of_the_readme():
     measured = json.loads((TINY / "measured.json").read_text())
     readme = (ROOT / "README.md").read_text()
@@ -276,4 +362,5 @@ def test_the_committed_weights_can_be_made_again(tmp_path):
     wc.load_dit(tmp_path / "tiny"), wc.load_vae(tmp_path / "tiny"), wc.load_text_encoder(tmp_path / "tiny")
     wc.load_image_reward(tmp_path / "tiny" / "reward_model")
     theirs, ours = ({f.relative_to(d) for f in d.rglob("*.json")} for d in (TINY, tmp_path / "tiny"))
-    assert ours == theirs - {Path("results.json"), Path("drift.json")}  # of the runs that start from it
+    of_runs = {Path(name) for name in ("results.json", "drift.json", "curves.json")}  # which start from it
+    assert ours == theirs - of_runs

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
 from wan_causal import (  # noqa: E402
     CONFIGS, MAX_POSITION, ImageReward, TextEncoder, WanModel, WanVAE, add_noise, chunk_sizes, clip_preprocess,
     dit_diffusers_key, gaussian, load_checkpoint, load_dit, load_image_reward, load_text_encoder, load_vae,
@@ -375,6 +376,12 @@ def scorecard(video, captions):
         row |= {"net": math.hypot(*seen["net"]), "extent": max(seen["extent"])}
         rows.append(row)
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+
+def texture_fit(frames, captions):
+    """Images (N, 3, 64, 64), captions -> each one's correlation with the texture of its caption, as in `scorecard`."""
+    return [seen["texture_scores"][parse(caption)["texture"]]
+            for seen, caption in zip(measure(frames.unsqueeze(2)), captions, strict=True)]
 
 
 # ----------------------------------------------------------------------------------------- training parts
@@ -995,8 +1002,8 @@ def agreement(score, video, captions, margin=0.15):
     """
     right = pairs = 0
     for clip, caption in zip(video[:, :, ::4], captions):
-        frames, texture = clip.transpose(0, 1), parse(caption)["texture"]  # (F, 3, 64, 64)
-        fit = torch.tensor([seen["texture_scores"][texture] for seen in measure(frames.unsqueeze(2))])
+        frames = clip.transpose(0, 1)  # (F, 3, 64, 64)
+        fit = torch.tensor(texture_fit(frames, [caption] * len(frames)))
         with torch.no_grad():
             reward = score(frames, [caption] * len(frames))
         apart = fit[:, None] - fit > margin  # the first is the better one
@@ -1080,22 +1087,135 @@ def evaluate(out, count=200):
     return result
 
 
-def picture(out, generators, path, count=6, columns=5):
-    """Generators on held-out captions: a .png with a row per caption and generator and time to the right, or an .mp4
-    with a row per caption and a column per generator."""
+# ------------------------------------------------------------------------------------------- pictures
+
+WORDS = {  # a generator's run, or its file in tests/tiny -> what it is called in a picture
+    "teacher": "teacher, 50 steps", "student": "student, 4 steps", "ode": "ODE only", "reward": "reward forcing",
+    "reward_forced": "reward forcing", "reward_random": "reward forcing, a random frame",
+    "reward_all": "reward forcing, all frames", "raven": "RAVEN", "self_forcing": "Self Forcing", "causvid": "CausVid",
+    "teacher_forcing": "teacher forcing", "raven_uniform": "RAVEN, chunks weighted alike",
+    "distill_reward": "reward + distillation", "raven_chunk1": "RAVEN frame by frame",
+    "reward_chunk1": "reward forcing frame by frame", "raven_cm": "RAVEN + CM-GRPO",
+    "reward_cm": "reward forcing + CM-GRPO", "reward_em": "reward forcing + Euler-Maruyama GRPO"}
+
+
+def in_words(name):
+    """What a generator, a file or 'teacher', is called in a picture."""
+    run = re.sub(r"-\d+$", "", label(name))
+    return WORDS.get(run, run)
+
+
+def fold(text, font, width):
+    """The text in lines of at most `width` pixels, broken between words."""
+    lines = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return "\n".join(lines)
+
+
+def grid(clips, rows, columns, title="", notes=None, margin=150, gap=8):
+    """A labelled table of clips (R, C, 3, T, H, W) in [-1, 1] as frames (T, height, width, 3) uint8 of a white page.
+
+    To the left of each row its label from `rows`, in a margin that wide; above each column its label from `columns`;
+    between the clips white gutters, as whatever leaves a clip on one side comes back on the other. title: a line above
+    all; notes: (R, C) short texts, each under its clip. Height and width are multiples of 16, as video codecs want it.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+    high, wide = clips.shape[-2:]
+    font, small = ImageFont.load_default(size=16), ImageFont.load_default(size=13)
+    heads = [fold(text, small, wide) for text in columns]
+    top = 17 * max(text.count("\n") + 1 for text in heads) + 2 * gap + (24 if title else 0)
+    below = 20 if notes else 0
+    height, width = (math.ceil(n / 16) * 16 for n in (top + len(rows) * (high + below + gap),
+                                                     margin + len(columns) * (wide + gap)))
+    page = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(page)
+    lefts = [margin + c * (wide + gap) for c in range(len(columns))]
+    tops = [top + r * (high + below + gap) for r in range(len(rows))]
+    draw.text((margin + len(columns) * (wide + gap) / 2, gap), title, "black", font, "ma")
+    for text, y in zip(rows, tops):
+        draw.multiline_text((gap, y + high / 2), fold(text, font, margin - 2 * gap), "black", font, "lm")
+    for text, x in zip(heads, lefts):
+        draw.multiline_text((x + wide / 2, top - gap), text, "black", small, "md", align="center")
+    for r, c in itertools.product(range(len(rows)), range(len(columns))) if notes else ():
+        draw.text((lefts[c] + wide / 2, tops[r] + high + 3), notes[r][c], "black", small, "ma")
+    frames = torch.frombuffer(bytearray(page.tobytes()), dtype=torch.uint8).view(1, height, width, 3)
+    frames = frames.repeat(clips.shape[3], 1, 1, 1)
+    for r, c in itertools.product(range(len(rows)), range(len(columns))):
+        clip = to_bytes(clips[r, c]).permute(1, 2, 3, 0)  # (T, H, W, 3)
+        frames[:, tops[r]:tops[r] + high, lefts[c]:lefts[c] + wide] = clip
+    return frames
+
+
+def magnify(clips, factor):
+    """Clips (..., H, W) with each pixel as a square of factor x factor."""
+    return clips.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+
+
+def picture(out, generators, path, count=5):
+    """Generators on held-out captions as a table of videos that play side by side, a row per generator and a column per
+    caption, from the same noise: an animated .webp, or an .mp4."""
     import imageio
     held_out = split()[1]  # each texture in turn, from all over the list
     captions = [next(c for c in held_out[200 // count * i:] if parse(c)["texture"] == TEXTURES[(i + 1) % 4])
                 for i in range(count)]
     video = torch.stack([sample(out, name, captions) for name in generators])  # (G, N, 3, T, 64, 64)
-    video = torch.nn.functional.interpolate(video.flatten(0, 2), scale_factor=2).view(*video.shape[:4], 128, 128)
-    if path.suffix == ".mp4":
-        sheet, rate = video.permute(3, 1, 4, 0, 5, 2).flatten(3, 4).flatten(1, 2), {"fps": 16}  # (T, N 128, G 128, 3)
-    else:
-        some = video[:, :, :, torch.linspace(0, video.shape[3] - 1, columns).round().long()]
-        sheet, rate = some.permute(1, 0, 4, 3, 5, 2).flatten(3, 4).flatten(0, 2), {}  # (N G 128, columns 128, 3)
-    imageio.v3.imwrite(path, to_bytes(sheet).numpy(), **rate)
+    frames = grid(magnify(video, 2), [in_words(name) for name in generators], captions).numpy()
+    how = {"duration": 1000 / 16, "loop": 0, "quality": 70, "method": 4}  # under 1 MB
+    imageio.v3.imwrite(path, frames, **({"fps": 16} if path.suffix == ".mp4" else how))
     print("\n".join(captions))
+
+
+def at_shares(values, shares):
+    """Places of the values below which these shares of all values are: 0 of the lowest, 0.5 of the median."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    return [order[round(share * (len(order) - 1))] for share in shares]
+
+
+def close_up(frame, side=48):
+    """Image (3, 64, 64) -> (3, side, side) round its object, for which the image is shifted round the torus."""
+    mask = find_object((frame[:, None] + 1) / 2)[2]
+    if mask.any():
+        x, y = centroids(mask)[0].round().int().tolist()
+        frame = frame.roll((WORLD // 2 - y, WORLD // 2 - x), (1, 2))
+    return frame[:, (WORLD - side) // 2:(WORLD + side) // 2, (WORLD - side) // 2:(WORLD + side) // 2]
+
+
+GAINS = {0.1: "10 % lose this or more", 0.5: "the median", 0.9: "10 % gain this or more"}
+GAINS_RULE = """\
+Of {count} held-out captions, those of each texture but plain are put in the order of their gain in texture fit (the
+last frame's texture correlation) from {before} to {after}. Shown are the captions a tenth, half and nine tenths
+of the way from the largest loss to the largest gain."""
+
+
+def closeup(out, before, after, path, count=200):
+    """Last frames of two generators, magnified, a row for each texture: to the left the texture as it is drawn, then
+    the two side by side for a caption that loses, the median and one that gains, which GAINS_RULE chooses, not taste.
+    """
+    import imageio
+    captions, names = split()[1][::200 // count], [in_words(before), in_words(after)]
+    last = torch.stack([sample(out, name, captions)[:, :, -1] for name in (before, after)])  # (2, N, 3, 64, 64)
+    fit = [texture_fit(frames, captions) for frames in last]
+    print(GAINS_RULE.format(count=len(captions), before=names[0], after=names[1]))
+    chosen = []  # of each texture, the captions' places in the list, one for each of GAINS
+    for texture in TEXTURES[1:]:
+        own = [i for i, caption in enumerate(captions) if parse(caption)["texture"] == texture]
+        chosen.append([own[i] for i in at_shares([fit[1][i] - fit[0][i] for i in own], GAINS)])
+        for i in chosen[-1]:
+            print(f"{captions[i]}: {fit[0][i]:.2f} to {fit[1][i]:.2f}")
+    middle = [captions[own[len(GAINS) // 2]] for own in chosen]
+    drawn = render(middle, 1, generator=torch.Generator().manual_seed(0))[:, :, 0]
+    notes = [[f"texture fit {fitting:.2f}"] for fitting in texture_fit(drawn, middle)]
+    drawn = torch.stack([close_up(frame) for frame in drawn])[:, None]  # (R, 1, 3, 48, 48)
+    parts = [grid(magnify(drawn, 3).unsqueeze(3), TEXTURES[1:], ["as drawn"], " ", notes, margin=96)[0]]
+    for title, some in zip(GAINS.values(), zip(*chosen)):
+        pairs = torch.stack([torch.stack([close_up(frames[i]) for frames in last]) for i in some])  # (R, 2, 3, 48, 48)
+        notes = [[f"texture fit {fitting[i]:.2f}" for fitting in fit] for i in some]
+        parts.append(grid(magnify(pairs, 3).unsqueeze(3), [""] * len(some), names, title, notes, margin=20)[0])
+    imageio.v3.imwrite(path, torch.cat(parts, 1).numpy())
 
 
 def train(out, work, scale=1.0):
@@ -1130,34 +1250,43 @@ def train(out, work, scale=1.0):
 
 def main():
     parser = argparse.ArgumentParser(description="The tiny world: train its models, or measure them.")
-    parser.add_argument("verb", choices=["train", "evaluate", "picture", "compare", "drift", "judge", "keep"])
-    parser.add_argument("generators", nargs="*", default=["teacher"],
+    parser.add_argument("verb", choices=["train", "evaluate", "picture", "closeup", "compare", "drift", "judge",
+                                         "keep"])
+    parser.add_argument("generators", nargs="*",
                         help="for compare, drift, judge, picture: generators' files, or (not drift) `teacher`; for "
-                             "keep: a file and its name")
+                             "closeup: two of them; for keep: a file and its name (default: for picture the teacher "
+                             "and the committed generators, for closeup two of these, else the teacher)")
     parser.add_argument("--count", type=int,
-                        help="held-out captions for compare (default: 200), judge (100) and drift (40)")
+                        help="held-out captions for compare and closeup (default: 200), judge (100) and drift (40)")
     parser.add_argument("--seed", type=int, default=0, help="for compare, drift and judge: of the noise")
     parser.add_argument("--chunk", type=int, help="for compare: latent frames per chunk (default: as in training)")
-    parser.add_argument("--to", type=Path, default=Path(__file__).parent / "frames.png",
-                        help="for picture: the file, .png or .mp4")
-    parser.add_argument("--captions", type=int, default=6, help="for picture: how many")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny", help="the model folder")
+    parser.add_argument("--to", type=Path, help="for picture: the file, .webp or .mp4 (default: tests/videos.webp); "
+                        "for closeup: the file, .png (default: tests/closeup.png)")
+    parser.add_argument("--captions", type=int, default=5, help="for picture: how many")
+    parser.add_argument("--out", type=Path, default=HERE / "tiny", help="the model folder")
     parser.add_argument("--results", type=Path, help="for compare and drift: where figures are kept (default: --out)")
     parser.add_argument("--work", type=Path, default=Path("runs/tiny_world"), help="where a killed run goes on from")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the training steps, for a quick trial")
     args = parser.parse_args()
+    kept = [str(HERE / f"tiny/{name}.safetensors") for name in ("ode", "reward_forced", "raven")]
+    default = {"picture": ["teacher", *kept], "closeup": kept[:2]}.get(args.verb, ["teacher"])
+    generators = args.generators or default
+    if args.verb == "closeup" and len(generators) != 2:
+        parser.error("closeup compares two generators")
     if args.verb == "train":
         train(args.out, args.work, args.scale)
     elif args.verb == "keep":
-        keep(args.out, *args.generators)
+        keep(args.out, *generators)
     elif args.verb == "compare":
-        compare(args.out, args.generators, args.results or args.out, args.count or 200, args.seed, args.chunk)
+        compare(args.out, generators, args.results or args.out, args.count or 200, args.seed, args.chunk)
     elif args.verb == "drift":
-        drift(args.out, args.generators, args.results or args.out, args.count or 40, args.seed)
+        drift(args.out, generators, args.results or args.out, args.count or 40, args.seed)
     elif args.verb == "judge":
-        judge(args.out, args.generators, args.count or 100, args.seed)
+        judge(args.out, generators, args.count or 100, args.seed)
     elif args.verb == "picture":
-        picture(args.out, args.generators, args.to, args.captions)
+        picture(args.out, generators, args.to or HERE / "videos.webp", args.captions)
+    elif args.verb == "closeup":
+        closeup(args.out, *generators, args.to or HERE / "closeup.png", args.count or 200)
     else:
         print(json.dumps(evaluate(args.out), indent=1))
 
