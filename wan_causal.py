@@ -2744,7 +2744,7 @@ def trainable(model, args, device, dtype):
 def set_threads(model, device):
     """On a CPU a small model gets one thread, unless the environment says how many: more would
     wait for each other at every one of its short operations as soon as another process needs
-    their cores (README: measured)."""
+    their cores (tests/README.md: measured)."""
     said = {'OMP_NUM_THREADS', 'MKL_NUM_THREADS'} & set(os.environ)
     if device.type == 'cpu' and not said and sum(p.numel() for p in model.parameters()) < 10e6:
         torch.set_num_threads(1)
@@ -3029,9 +3029,8 @@ class Run:
             motion = video.diff(dim=2).abs().mean() if len(frames) > 1 else sums.new_zeros(())
             sums += torch.stack([motion, score, sums.new_ones(())])
         sums = self.process.mean(sums)
-        measured = {'held_out_motion': (sums[0] / sums[2]).item()}
-        if reward:
-            measured['held_out'] = (sums[1] / sums[2]).item()
+        measured = {'held_out': (sums[1] / sums[2]).item()} if reward else {}
+        measured['held_out_motion'] = (sums[0] / sums[2]).item()
         text = '  '.join(f'{k} {v:<10.4g}' for k, v in measured.items())
         if self.process.rank == 0:
             tqdm.write(f'sample {self.step:>4}  {text}  {folder}', file=sys.stdout)

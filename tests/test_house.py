@@ -13,6 +13,7 @@ pytestmark = pytest.mark.quick
 SCRIPTS = ["wan_causal.py", "distill_dmd.py", "ode_init.py", "reward_forcing.py", "cm_grpo.py", "generate.py",
            "eval_vbench.py"]
 PRESENT = [name for name in SCRIPTS if (ROOT / name).exists()]
+READMES = ["README.md", "tests/README.md"]
 RUNTIME = {"torch", "safetensors", "transformers", "huggingface_hub", "numpy", "imageio", "tqdm"}
 
 
@@ -44,8 +45,9 @@ def test_requirements_are_pinned_and_are_the_runtime_packages():
 
 
 def readme_commands():
-    """[script, arguments] of every command in the README's shell blocks."""
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    """[script, arguments] of every command in the shell blocks of both READMEs."""
+    text = "\n".join((ROOT / name).read_text() for name in READMES)
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL)
     for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         script = next((w for w in words if w.endswith(".py")), None)
@@ -84,7 +86,19 @@ for sys.argv in {list(commands)!r}:
 
 def test_readme_commands_parse():
     assert refused_commands(readme_commands()) == ""
-    assert len(list(readme_commands())) > 20
+    assert len(list(readme_commands())) > 40
+
+
+def test_the_front_page_is_short_and_leads_somewhere():
+    """README.md is read in a few minutes; whatever either README shows or links to is there."""
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 270
+    for name in READMES:
+        folder, text = (ROOT / name).parent, (ROOT / name).read_text()
+        for link in re.findall(r"\]\((?!http)([^)#]*)(?:#[^)]*)?\)", text):
+            assert (folder / link).exists(), f"{name} links to {link}"
+        for anchor in re.findall(r"\]\(#([^)]*)\)", text):
+            headings = [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", text, re.M)]
+            assert anchor in headings, f"{name} links to #{anchor}"
 
 
 def test_readme_line_counts():

@@ -112,5 +112,5 @@ def test_claims(tmp_path):
 
 
 def test_the_readme_has_the_claims_as_measured():
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "tests/README.md").read_text()
     assert miniature.claims_table(ROOT / "tests/tiny") in readme

@@ -1,4 +1,4 @@
-"""The pieces that the README offers to other projects: each is taken out by name, with what the table says comes along
+"""The pieces that tests/README.md offers to other projects: each is taken out by name, with what the table says comes along
 and nothing else, into a file of its own, and shown to work there."""
 import ast
 import importlib.util
@@ -25,8 +25,8 @@ import torch.utils.checkpoint
 
 
 def table():
-    """Rows | piece | `file` | `name` `name` ... | of the README: {piece: (file, names)}."""
-    text = (ROOT / "README.md").read_text()
+    """Rows | piece | `file` | `name` `name` ... | of tests/README.md: {piece: (file, names)}."""
+    text = (ROOT / "tests/README.md").read_text()
     rows = re.findall(r"^\| ([^|]+) \| `(\w+\.py)` \| ((?:`\w+` ?)+)\|", text, re.MULTILINE)
     return {piece: (file, re.findall(r"`(\w+)`", names)) for piece, file, names in rows}
 

@@ -315,7 +315,7 @@ def test_the_committed_pictures():
 
 def test_measured_figures_are_those_of_the_readme():
     measured = json.loads((TINY / "measured.json").read_text())
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "tests/README.md").read_text()
     for figure in (f"{measured['vae']['psnr']:.1f} dB", f"{100 * measured['teacher']['texture']:.1f} %",
                    f"{measured['teacher']['texture_correlation']:.2f}",
                    *(f"{100 * share:.1f} %" for share in measured["reward"].values())):
