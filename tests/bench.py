@@ -32,6 +32,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
 from transformers import BatchEncoding
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,7 +79,7 @@ class Bench:
     def seconds(self, *functions):
         """Median seconds of each function; they take turns, so that a busy machine slows all of them alike."""
         times = [[] for _ in functions]
-        for i in range(self.warmup + self.repeats):
+        for i in tqdm(range(self.warmup + self.repeats), desc='runs', leave=False, disable=not sys.stderr.isatty()):
             for function, seen in zip(functions, times):
                 start = self.now()
                 function()
@@ -209,7 +210,7 @@ def generate(args, bench):
 
 
 @torch.no_grad()
-def video(args, more):
+def video(more):
     """Where the time of a real video of generate.py goes, whose flags are `more`: the second of two runs."""
     flags = generation.parse_args(more)
     (prompt, seed, path), *_ = generation.read_jobs(flags)
@@ -505,40 +506,65 @@ def memory(args):
         print(f'{name:<40}{gib:6.1f}  on a card of {card}', flush=True)
 
 
-def main():
+def flags(argv):
+    """The parsed flags; each verb has its own, and its own --help."""
     p = argparse.ArgumentParser(description='Speed and memory of this project on this machine.')
-    p.add_argument('verb', choices=['generate', 'video', 'peers', 'train', 'memory', 'check'])
-    p.add_argument('--size', choices=SIZES, default='tiny', help='of the random weights')
-    p.add_argument('--height', type=int, help='pixels (default: the size\'s own)')
-    p.add_argument('--width', type=int, help='pixels')
-    p.add_argument('--frames', type=int, help='video frames, 1 + 4k')
-    p.add_argument('--chunk', type=int, default=3, help='latent frames per chunk')
-    p.add_argument('--batch', type=int, default=1, help='videos at once')
-    p.add_argument('--compile', action='store_true', help='generate, peers: compile ours')
-    p.add_argument('--init', help='train: the causal generator to start from (default: the tiny model\'s)')
-    p.add_argument('--warmup', type=int, default=1, help='runs that do not count')
-    p.add_argument('--repeats', type=int, default=3, help='runs of which the median counts')
-    p.add_argument('--device', help='cpu or cuda (default: cuda if there is one)')
-    p.add_argument('--dtype', choices=['float32', 'bfloat16'], help='default: bfloat16 on cuda, else float32')
+    verbs = p.add_subparsers(dest='verb', required=True, metavar='VERB')
+
+    def verb(name, words, *groups):
+        v = verbs.add_parser(name, help=words, description=words[0].upper() + words[1:] + '.')
+        for group in groups:
+            group(v)
+        return v
+
+    def models(v):
+        v.add_argument('--size', choices=SIZES, default='tiny', help='of the random weights (default: tiny)')
+        v.add_argument('--height', type=int, help='pixels (default: the size\'s own)')
+        v.add_argument('--width', type=int, help='pixels')
+        v.add_argument('--frames', type=int, help='video frames, 1 + 4k')
+        v.add_argument('--batch', type=int, default=1, help='videos at once')
+
+    def machine(v):
+        v.add_argument('--device', help='cpu or cuda (default: cuda if there is one)')
+        v.add_argument('--dtype', choices=['float32', 'bfloat16'], help='default: bfloat16 on cuda, else float32')
+
+    def repeats(v):
+        v.add_argument('--warmup', type=int, default=1, help='runs that do not count')
+        v.add_argument('--repeats', type=int, default=3, help='runs of which the median counts')
+
+    def sampling(v):
+        v.add_argument('--chunk', type=int, default=3, help='latent frames per chunk')
+        v.add_argument('--compile', action='store_true', help='compile ours')
+    verb('generate', 'where the time of a streamed video goes, and the limit', models, machine, repeats, sampling)
+    verb('peers', 'the same work through diffusers\' Wan classes', models, machine, repeats, sampling)
+    v = verb('video', 'a real video of generate.py, whose flags follow --')
+    v = verb('train', 'a step of every stage; flags of all stages may follow --', models, machine, repeats)
+    v.add_argument('--chunk', type=int, default=3, help='latent frames per chunk of CM-GRPO')
+    v.add_argument('--init', help='the causal generator to start from (default: the tiny model\'s)')
+    v = verb('memory', 'peak memory of every stage on a GPU, simulated', models)
+    v.add_argument('--only', default='', help='those whose name has a match of this')
+    v = verb('check', 'is everything right on this card, and how fast', models, machine, repeats, sampling)
     parts = ['correctness', 'stages', 'full', 'speed']
-    p.add_argument('--parts', nargs='+', choices=parts, default=parts, help='check: which of its parts')
-    p.add_argument('--only', default='', help='check, memory: those whose name has a match of this')
-    p.add_argument('--out', default='gpu.json', help='check: the file of its rows; Markdown goes beside it')
-    p.epilog = 'train, video: what follows -- are flags of all stages, or of generate.py.'
+    v.add_argument('--parts', nargs='+', choices=parts, default=parts, help='which of its parts')
+    v.add_argument('--only', default='', help='those whose name has a match of this')
+    v.add_argument('--out', default='gpu.json', help='the file of its rows; Markdown goes beside it')
+    return p.parse_args(argv)
+
+
+def main():
     cut = sys.argv.index('--') if '--' in sys.argv else len(sys.argv)
-    args = p.parse_args(sys.argv[1:cut])
+    args, more = flags(sys.argv[1:cut]), sys.argv[cut + 1:]
     if args.verb == 'train':
-        train(args, sys.argv[cut + 1:])
-    elif args.verb == 'video':
-        for name, value in video(args, sys.argv[cut + 1:]):
-            print(f'{name:<31}{value}', flush=True)
+        train(args, more)
     elif args.verb == 'memory':
         memory(args)
     elif args.verb == 'check':
         import check
         sys.exit(check.check(args))
     else:
-        for name, value in {'generate': generate, 'peers': peers}[args.verb](args, Bench(args)):
+        rows = video(more) if args.verb == 'video' else \
+            {'generate': generate, 'peers': peers}[args.verb](args, Bench(args))
+        for name, value in rows:
             print(f'{name:<31}{value}', flush=True)
 
 
