@@ -269,14 +269,14 @@ def save_adapter(folder, average, args, **metadata):
                  lambda path: path.write_text(json.dumps(config, indent=1) + '\n'))
 
 
-def merged(net, average, alpha):
-    """Plain DiT weights: the base with the averaged LoRA merged in, on the CPU, or the averaged
-    weights themselves."""
+def merged(state, average, alpha):
+    """Plain DiT weights: the base in the model's state with the averaged LoRA merged in, on the
+    CPU, or the averaged weights themselves."""
     if not any('.lora_' in name for name in average):
         return average
     average = {name: value.cpu() for name, value in average.items()}
     base = {key.replace('.base_layer', ''): value.cpu()
-            for key, value in net.state_dict().items() if '.lora_' not in key}
+            for key, value in state.items() if '.lora_' not in key}
     return merge_lora({**base, **average}, base, {'lora_alpha': alpha})
 
 
@@ -359,7 +359,7 @@ def parse_args(argv=None):
 
 def main():
     args = parse_args()
-    with processes(args.device) as process:
+    with processes(args.device, args.shard) as process:
         train(args, process)
 
 
@@ -389,7 +389,7 @@ def train(args, process):
     net = trainable(net, args, device, dtype)
     frozen = None  # the start, for the KL; with LoRA that is the model without it
     if args.kl and not args.lora_rank:
-        frozen = copy.deepcopy(net).requires_grad_(False)
+        frozen = process.frozen(copy.deepcopy(net))
     if args.lora_rank:
         add_lora(net, args.lora_rank, args.lora_alpha, args.seed)
     generator = process.wrap(net)
@@ -478,11 +478,12 @@ def train(args, process):
             metrics |= sample()
         run.report(**metrics)
         if run.due(args.save_every):
+            average, state = process.whole(ema.average), process.whole(net.state_dict())
             result = None  # rank 0 writes
             if process.rank == 0:
-                result = merged(net, ema.average, args.lora_alpha)
+                result = merged(state, average, args.lora_alpha)
                 if args.lora_rank:
-                    save_adapter(run.folder / 'lora', ema.average, args,
+                    save_adapter(run.folder / 'lora', average, args,
                                  timesteps=format_steps(steps, 10), chunk=chunk)
             run.save(result, steps, kind='causal', chunk=chunk, shift=shift, config=net.config)
 

@@ -318,7 +318,7 @@ def parse_args(argv=None):
 
 def main():
     args = parse_args()
-    with processes(args.device) as process:
+    with processes(args.device, args.shard) as process:
         train(args, process)
 
 
@@ -336,7 +336,7 @@ def train(args, process):
     say_cut(process, prompts, text, 'the text encoder')
     net, steps, chunk, shift = load_generator(folder, args.init, args.student, args.shift)
     critic_net = load_dit(folder)  # the fake score starts from the model itself
-    teacher = load_dit(args.teacher or folder, dtype, device)
+    teacher = load_dit(args.teacher or folder, dtype)
     reward = None
     if args.reward_weight:
         judge = load_image_reward(args.reward_model, device)
@@ -346,7 +346,7 @@ def train(args, process):
     # --- what is trained
     net, critic_net = (trainable(m, args, device, dtype) for m in (net, critic_net))
     generator, critic = process.wrap(net), process.wrap(critic_net)
-    teacher.eval().requires_grad_(False)  # frozen
+    teacher = process.frozen(teacher)
     vae.decoder.checkpointing = args.checkpointing
     negative = text([args.negative] * args.batch).float()
 

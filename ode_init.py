@@ -161,10 +161,11 @@ def parse_args(argv=None):
                        help='classifier-free guidance, 1 is off')
         p.add_argument('--negative', default=NEGATIVE_PROMPT, help='negative prompt')
         p.add_argument('--batch', type=whole(1), default=1, help='trajectories solved at once')
-        p.add_argument('--shard', type=whole(1), default=8, help='trajectories per file')
+        p.add_argument('--per-file', type=whole(1), default=8, help='trajectories per file')
         p.add_argument('--seed', type=SEED, default=0, help='of the noise')
         p.add_argument('--out', default='runs/trajectories', help='the folder of the shards')
         machine_flags(p)
+        p.set_defaults(shard=False)  # the teacher alone fits whole
     args = parse_stage(p, f'ode_init {verb}', argv)
     if verb == 'sample' and args.guidance == 1:
         refuse_unused(p, args, '--guidance 1 needs none', 'negative')
@@ -184,7 +185,7 @@ def sample(args, process):
     settings = {
         key: getattr(args, key)
         for key in ('model', 'prompts', 'count', 'frames', 'height', 'width', 'steps', 'shift',
-                    'guidance', 'negative', 'shard', 'seed')
+                    'guidance', 'negative', 'per_file', 'seed')
     }
     settings['timesteps'] = timesteps
     if any(out.glob('trajectories_*.safetensors')) and (old :=
@@ -203,8 +204,8 @@ def sample(args, process):
 
     # --- what is to be done
     shards = [
-        range(first, min(first + args.shard, args.count))
-        for first in range(0, args.count, args.shard)
+        range(first, min(first + args.per_file, args.count))
+        for first in range(0, args.count, args.per_file)
     ]
     missing = [shard for shard in shards if not shard_path(out, shard[0]).exists()]
     each = 2 * len(kept) * torch.Size(shape).numel()  # bytes, float16
@@ -344,7 +345,7 @@ def train(args, process):
 
 def main():
     args = parse_args()
-    with processes(args.device) as process:
+    with processes(args.device, args.shard) as process:
         {'sample': sample, 'train': train}[args.verb](args, process)
 
 

@@ -104,7 +104,7 @@ def parse_args(argv=None):
 
 def main():
     args = parse_args()
-    with processes(args.device) as process:
+    with processes(args.device, args.shard) as process:
         train(args, process)
 
 

@@ -52,7 +52,7 @@ try:
     import torch.nn as nn
     import torch.nn.functional as F
     import torch.utils.checkpoint
-    from torch.utils._pytree import tree_leaves
+    from torch.utils._pytree import tree_leaves, tree_map
     from tqdm import tqdm
 except KeyboardInterrupt:  # these take seconds, so the scripts import this file first
     print('error: stopped by Ctrl-C', file=sys.stderr)
@@ -612,6 +612,11 @@ class Block(nn.Module):
             k, v = extend(k, v)
         return self.after(x, attend(q, k, v, visible, backend), e, text)
 
+    def read(self, text):
+        """The prompt's cross-attention keys and values (B, N, L', D), outside of a forward;
+        text (B, L', C)."""
+        return self.cross_attn.keys_values(text)
+
     def before(self, x, e, rope):
         """Queries, keys and values of self-attention; like `after`, it has static shapes and
         compiles well."""
@@ -688,7 +693,7 @@ class WanModel(nn.Module):
     def prompt_keys_values(self, context):
         """The prompt's cross-attention keys and values (B, N, L', D) of each layer."""
         text = self.text_embedding(context.to(self.dtype))
-        return [block.cross_attn.keys_values(text) for block in self.blocks]
+        return [block.read(text) for block in self.blocks]
 
     def make_cache(self, batch, frames, tokens, sink=0, rolling=False):
         """An empty KVCache for this model, see there."""
@@ -2326,6 +2331,7 @@ class Process:
     rank: int
     world: int
     device: torch.device
+    shard: bool = False  # --shard: see `sharded`
     lock: object = None  # see `claim_folder`
 
     @property
@@ -2339,22 +2345,74 @@ class Process:
             print(*args, flush=True)
 
     def wrap(self, model):
-        """DistributedDataParallel when there are several processes, else the model itself."""
+        """A model to be trained, on the device: with --shard sharded, else under
+        DistributedDataParallel when there are several processes."""
+        if self.shard:
+            return self.sharded(model)
+        model.to(self.device)
         if self.world == 1:
             return model
+        self.agree(model)
         devices = [self.device.index] if self.device.type == 'cuda' else None
         return nn.parallel.DistributedDataParallel(model, device_ids=devices,
                                                    gradient_as_bucket_view=True)
 
+    def frozen(self, model):
+        """A frozen model on the device, also sharded where there are several GPUs."""
+        model.eval().requires_grad_(False)
+        if self.shard or (self.world > 1 and self.device.type == 'cuda'):
+            return self.sharded(model)
+        return model.to(self.device)
+
+    def sharded(self, model):
+        """FSDP2, block by block: each process keeps a share of every weight, and of what
+        belongs to it; a block's weights are gathered when it computes and freed after it. The
+        model comes from the CPU's memory, so it never lies whole on a device. All processes
+        have to call it, and the model, equally often."""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+        self.agree(model)
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+            register_fsdp_forward_method(block, 'read')
+        # also what lies outside of the blocks is freed after a forward, since the averages
+        # change places with the shares
+        return fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+    def agree(self, model):
+        """Processes that hold other weights, or another torch, are an InputError: each would
+        go on with its own."""
+        digest = hashlib.sha256(torch.__version__.encode())
+        for name, p in model.named_parameters():
+            some = p.detach().flatten()[:64].float().cpu()
+            digest.update(f'{name} {tuple(p.shape)}'.encode() + some.numpy().tobytes())
+        mine = torch.tensor(int.from_bytes(digest.digest()[:7], 'big'), device=self.device)
+        if len(self.gather(mine).unique()) > 1:
+            raise InputError('the processes hold different weights, or different versions of '
+                             'torch: give every machine the same files and packages')
+
+    def whole(self, state):
+        """Tensors nested in any way. What is sharded is gathered into rank 0's CPU memory, one
+        tensor after the other (elsewhere: None); all processes have to call it."""
+        def gathered(x):
+            if not hasattr(x, 'full_tensor'):
+                return x
+            x = x.full_tensor()
+            return x.cpu() if self.rank == 0 else None
+        return tree_map(gathered, state)
+
     def sync(self, model, now=True):
-        """Context of a backward pass; gradients are averaged over processes only when it is the
-        step's last one."""
-        return contextlib.nullcontext() if self.world == 1 or now else model.no_sync()
+        """Context of a backward pass. DDP averages gradients over processes only in the step's
+        last one; sharded ones are averaged every time, since they would not fit whole."""
+        if self.world == 1 or self.shard or now:
+            return contextlib.nullcontext()
+        return model.no_sync()
 
     def forget_gradients(self, optimizer):
         """Their memory is freed; but DDP's buckets stay, of which they are views: freed, they
         would come twice."""
-        optimizer.zero_grad(set_to_none=self.world == 1)
+        optimizer.zero_grad(set_to_none=self.world == 1 or self.shard)
 
     def mean(self, tensor):
         """The tensor, averaged over processes."""
@@ -2380,11 +2438,12 @@ PATIENCE = datetime.timedelta(days=1)
 
 
 @contextlib.contextmanager
-def processes(device=None):
+def processes(device=None, shard=False):
     """`with processes() as process:` joins torchrun's process group (NCCL on CUDA, gloo on CPU)
     and leaves it.
 
     device: 'cpu', 'cuda', 'cuda:1', ...; None takes this rank's GPU if there is one.
+    shard: see `Process.sharded`.
 
     Seeding rule of every script: what steers the loop (exit step, prompt order) is drawn from a
     generator seeded alike on all ranks; noise from one seeded by its sample's global index, so
@@ -2424,7 +2483,9 @@ def processes(device=None):
         importlib.import_module('torch.distributed.nn')
         torch.distributed.init_process_group('nccl' if device.type == 'cuda' else 'gloo',
                                              timeout=PATIENCE)
-    yield Process(rank, world, device)
+    elif shard:
+        raise InputError('--shard needs several processes: start with torchrun, or leave it out')
+    yield Process(rank, world, device, shard)
     if world > 1:  # else `run_script` leaves it, once it is said what went wrong
         torch.distributed.destroy_process_group()
 
@@ -2623,6 +2684,9 @@ def training_flags(p, **paper):
                    help='warn when the motion of the last 10 steps falls below this share of '
                         'that of the first 10; 0: never')
     machine_flags(g)
+    g.add_argument('--shard', action='store_true',
+                   help='share weights, gradients, optimizers and averages out over the '
+                        'processes (FSDP2), for models that do not fit whole')
     g.add_argument('--checkpointing', action=argparse.BooleanOptionalAction, default=True,
                    help='recompute activations in the backward pass: less memory, more time')
     p.set_defaults(**paper)
@@ -2735,7 +2799,7 @@ def trainable(model, args, device, dtype):
     """A model whose weights are float32 and computed with in `dtype`; see --dtype and
     --checkpointing."""
     set_threads(model, device)
-    model.to(device, torch.float32).train().requires_grad_(True)
+    model.to(torch.float32).train().requires_grad_(True)  # `Process.wrap` takes it to the device
     model.autocast = None if dtype == torch.float32 else dtype
     model.checkpointing = args.checkpointing
     return model
@@ -2807,8 +2871,10 @@ class EMA:
     @torch.no_grad()
     def swap(self, model):
         now = dict(model.named_parameters())
-        for name in self.average:
-            now[name].data, self.average[name] = self.average[name], now[name].data
+        for name, average in self.average.items():
+            kept = now[name].detach().clone()
+            now[name].copy_(average)
+            average.copy_(kept)
 
     def state_dict(self):
         return self.average
@@ -2846,6 +2912,24 @@ def claim_folder(args, process):
         pass
 
 
+def cut_like(state, part):
+    """A part's saved state, whole, in shares as the part itself is: a model's, an average's
+    (name -> tensor), or an optimizer's."""
+    def cut(x, like):
+        if not hasattr(like, 'full_tensor') or x.shape != like.shape:
+            return x
+        from torch.distributed.tensor import distribute_tensor
+        return distribute_tensor(x.to(like.device), like.device_mesh, like.placements,
+                                 src_data_rank=None)  # each process has read it all
+    if not isinstance(part, torch.optim.Optimizer):
+        mine = part.state_dict()
+        return {name: cut(x, mine.get(name)) for name, x in state.items()}
+    weights = [p for group in part.param_groups for p in group['params']]
+    moments = {i: {name: cut(x, weights[i]) for name, x in each.items()}
+               for i, each in state['state'].items()}
+    return {**state, 'state': moments}
+
+
 class Run:
     """What a training run keeps in its folder: settings.json, state.pt to resume from,
     metrics.jsonl, samples/, and the result, with --keep-every also as it was at earlier steps.
@@ -2855,7 +2939,7 @@ class Run:
     sample's number or the step.
     """
     MAY_CHANGE = ('steps', 'batch', 'accum', 'out', 'resume', 'save_every', 'keep_every',
-                  'sample_every', 'device', 'checkpointing', 'offload_text', 'motion_alarm')
+                  'sample_every', 'device', 'checkpointing', 'offload_text', 'motion_alarm', 'shard')
 
     def __init__(self, stage, args, process, then, **parts):
         """then: commands to try with the result, whose file comes after them; said at the end
@@ -2899,7 +2983,7 @@ class Run:
                                      f'{value}: resume it with the same flags, or give another '
                                      '--out')
             for name, part in self.parts.items():
-                part.load_state_dict(saved['parts'][name])
+                part.load_state_dict(cut_like(saved['parts'][name], part))
             self.step = self.saved = int(saved['step'])
         except InputError:
             raise
@@ -2940,6 +3024,8 @@ class Run:
         """Metrics (numbers or tensors), averaged over processes; what is not finite stops the
         run in words."""
         names = list(metrics)
+        metrics = {name: x.full_tensor() if hasattr(x, 'full_tensor') else x
+                   for name, x in metrics.items()}  # a norm of what is sharded
         values = torch.tensor([float(metrics[name]) for name in names],
                               device=self.process.device)
         values = dict(zip(names, self.process.mean(values).tolist()))
@@ -2987,9 +3073,10 @@ class Run:
         """Write the result, weights for the next stage in model.safetensors, and then all that
         a resumed run needs: a run killed in between makes the result again. What is not finite
         is not written."""
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        parts, result = self.process.whole(parts), self.process.whole(result)
         if self.process.rank == 0:
-            content = {'step': self.step, 'settings': self.settings,
-                       'parts': {name: part.state_dict() for name, part in self.parts.items()}}
+            content = {'step': self.step, 'settings': self.settings, 'parts': parts}
             check_finite(content, f'the weights are not finite after step {self.step}; '
                                   f'{self.last_good()}')
             with replacing(self.state) as temporary:
@@ -3015,12 +3102,17 @@ class Run:
         import imageio
         folder, began = self.folder / 'samples' / f'step_{self.step:06d}', time.perf_counter()
         sums = torch.zeros(3, device=self.process.device)  # motion, reward, how many
-        for i in range(self.process.rank, len(prompts), self.process.world):
+        for first in range(0, len(prompts), self.process.world):
+            # a process without a prompt helps the others with the last one: a sharded model
+            # computes on all of them together
+            i = min(first + self.process.rank, len(prompts) - 1)
             random = seeded(i, self.process.device)
             noise = gaussian((1, *shape), random, self.process.device)
             rolled = rollout(model, noise, text(prompts[i:i + 1]), steps, chunks,
                              generator=random)
             video = vae.decode(torch.cat([chunk.x0 for chunk in rolled], dim=2))
+            if i < first + self.process.rank:
+                continue
             frames = to_frames(video[0])
             with replacing(folder / f'{i}_{file_name(prompts[i])}.mp4') as temporary:
                 imageio.mimwrite(temporary, frames, fps=16, **VIDEO)

@@ -443,7 +443,7 @@ def made(tmp_path_factory):
     return folder
 
 
-SAMPLE = ["ode_init.py", "sample", *SMALL, "--count", 6, "--shard", 2, "--steps", 4]
+SAMPLE = ["ode_init.py", "sample", *SMALL, "--count", 6, "--per-file", 2, "--steps", 4]
 
 
 def command(stage, made):
@@ -467,17 +467,18 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.parametrize("shard", [[], ["--shard"]])
 @pytest.mark.parametrize("stage", STAGES)
-def test_two_ranks_and_accumulation_equal_one_process_with_the_whole_batch(stage, made, tmp_path):
+def test_two_ranks_and_accumulation_equal_one_process_with_the_whole_batch(stage, shard, made, tmp_path):
     """Also: two steps as plain python and under torchrun, there with recomputed activations (the default at full size),
-    with sample videos and a usable result."""
+    under DistributedDataParallel and sharded, with sample videos and a usable result."""
     args = [*command(stage, made), *FEW, "--lr", 1e-4, "--steps", 2]
     args += {"reward_forcing": ["--reward-frames", "all"],  # gradient in every chunk
              "self-forcing": ["--reward-weight", 0.5, "--rollout-frames", 25]}.get(stage, [])
     batch, accum = (4, 2) if stage in ("ode_init", "raven") else (2, 1)
     share = [] if stage == "cm_grpo" else ["--accum", accum]  # which has 2 of its own
     one, two = alone_and_under_torchrun(args, ["--batch", batch, "--sample-every", 2, "--out", tmp_path / "one"], [
-        "--sample-every", 0, "--batch", 1, *share, "--checkpointing", "--out", tmp_path / "two"])
+        "--sample-every", 2 * len(shard), "--batch", 1, *share, "--checkpointing", *shard, "--out", tmp_path / "two"])
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     start = wc.load_dit(TINY).state_dict()  # LoRA's B starts at zero
     a, b = (torch.load(tmp_path / name / "state.pt", weights_only=True)["parts"]["generator"]
