@@ -56,38 +56,46 @@ from tqdm import tqdm
 # Constants: VBench's scripts/constant.py, and the papers' tables
 
 VBENCH = {  # dimension: (group, min, max, weight)
-    'subject_consistency': ('quality', 0.1462, 1, 1), 'background_consistency': ('quality',
-                                                                                 0.2615, 1, 1),
-    'temporal_flickering': ('quality', 0.6293, 1, 1), 'motion_smoothness': ('quality', 0.7060,
-                                                                            0.9975, 1),
-    'dynamic_degree': ('quality', 0, 1, 0.5), 'aesthetic_quality': ('quality', 0, 1, 1),
-    'imaging_quality': ('quality', 0, 1, 1), 'object_class': ('semantic', 0, 1, 1),
-    'multiple_objects': ('semantic', 0, 1, 1), 'human_action': ('semantic', 0, 1, 1),
-    'color': ('semantic', 0, 1, 1), 'spatial_relationship': ('semantic', 0, 1, 1),
-    'scene': ('semantic', 0, 0.8222, 1), 'appearance_style': ('semantic', 0.0009, 0.2855, 1),
-    'temporal_style': ('semantic', 0, 0.3640, 1), 'overall_consistency': ('semantic', 0, 0.3640,
-                                                                          1)
+    'subject_consistency': ('quality', 0.1462, 1, 1),
+    'background_consistency': ('quality', 0.2615, 1, 1),
+    'temporal_flickering': ('quality', 0.6293, 1, 1),
+    'motion_smoothness': ('quality', 0.7060, 0.9975, 1),
+    'dynamic_degree': ('quality', 0, 1, 0.5),
+    'aesthetic_quality': ('quality', 0, 1, 1),
+    'imaging_quality': ('quality', 0, 1, 1),
+    'object_class': ('semantic', 0, 1, 1),
+    'multiple_objects': ('semantic', 0, 1, 1),
+    'human_action': ('semantic', 0, 1, 1),
+    'color': ('semantic', 0, 1, 1),
+    'spatial_relationship': ('semantic', 0, 1, 1),
+    'scene': ('semantic', 0, 0.8222, 1),
+    'appearance_style': ('semantic', 0.0009, 0.2855, 1),
+    'temporal_style': ('semantic', 0, 0.3640, 1),
+    'overall_consistency': ('semantic', 0, 0.3640, 1),
 }
-TINY = {  # the tiny world's: how well what is seen is drawn, and the shares of videos that show what the caption says
+# The tiny world's: how well what is seen is drawn, and the shares of videos that show what the
+# caption says.
+TINY = {
     'shape_iou': ('quality', 0, 1, 1), 'texture_correlation': ('quality', 0, 1, 1),
     'steadiness': ('quality', 0, 1, 1),
     **dict.fromkeys(('colour', 'texture', 'shape', 'motion', 'background'), ('semantic', 0, 1, 1))
 }
+# these need no prompt: of any video, as VBench's custom input has it
 CUSTOM = ('subject_consistency', 'background_consistency', 'motion_smoothness',
-          'dynamic_degree', 'aesthetic_quality', 'imaging_quality'
-          )  # need no prompt: of any video, as VBench's custom input has it
+          'dynamic_degree', 'aesthetic_quality', 'imaging_quality')
+# these are computed here
 NATIVE = ('subject_consistency', 'background_consistency', 'temporal_flickering',
           'aesthetic_quality', 'appearance_style')
-# others: mean over videos
+# of these the mean is over all frames; of the others over videos
 OVER_FRAMES = ('subject_consistency', 'background_consistency', 'appearance_style')
 
 TABLE_1 = {  # Reward-Forcing, table 1: total, quality, semantic
     'LTX-Video': (80.00, 82.30, 70.79), 'Wan2.1 1.3B': (84.26, 85.30, 80.09),
     'NOVA': (80.12, 80.39, 79.05), 'Pyramid Flow': (81.72, 84.74, 69.62),
     'Self Forcing, frame-wise': (84.26, 85.25, 80.30), 'SkyReels-V2': (82.67, 84.70, 74.53),
-    'MAGI-1': (79.18, 82.04, 67.74), 'CausVid': (81.20, 84.05,
-                                                 69.80), 'Self Forcing': (84.31, 85.07, 81.28),
-    'ODE only': (68.77, 73.27, 50.81), 'Reward-Forcing': (84.92, 85.91, 80.97)
+    'MAGI-1': (79.18, 82.04, 67.74), 'CausVid': (81.20, 84.05, 69.80),
+    'Self Forcing': (84.31, 85.07, 81.28), 'ODE only': (68.77, 73.27, 50.81),
+    'Reward-Forcing': (84.92, 85.91, 80.97)
 }
 TABLE_3 = {  # Reward-Forcing, table 3: the dimensions in VBENCH's order
     'CausVid': (96.32, 94.65, 99.38, 98.00, 73.61, 62.24, 67.82, 78.01, 60.75, 74.00, 82.34,
@@ -283,8 +291,10 @@ def flickering(frames, entry=None):
 
 def encoder(network, prepare, size, device):
     """A function frames (T, 3, H, W) uint8 -> unit features (T, D), 16 frames at a time."""
-    return lambda frames: F.normalize(torch.cat([network(prepare(part.to(device).float(), size))
-                                                 for part in frames.split(16)]))
+    def encode(frames):
+        parts = [prepare(part.to(device).float(), size) for part in frames.split(16)]
+        return F.normalize(torch.cat([network(part) for part in parts]))
+    return encode
 
 
 def clip_encoder(clip, prepare):
@@ -315,10 +325,12 @@ def native_scorers(dimensions, args, device):
         scorers['appearance_style'] = appearance
     if 'aesthetic_quality' in dimensions:
         large = pretrained(CLIPModel, args.clip_large).to(device)
-        see_large, head = clip_encoder(large, clip_input), aesthetic_head(
-            args.aesthetic_head, large.config.projection_dim, device)
-        scorers['aesthetic_quality'] = lambda frames, entry: F.linear(see_large(frames), *head
-                                                                      )[:, 0] / 10
+        see_large = clip_encoder(large, clip_input)
+        head = aesthetic_head(args.aesthetic_head, large.config.projection_dim, device)
+
+        def aesthetic(frames, entry):  # LAION's scores go to 10
+            return F.linear(see_large(frames), *head)[:, 0] / 10
+        scorers['aesthetic_quality'] = aesthetic
     return {name: scorers[name] for name in dimensions if name in scorers}
 
 
@@ -388,8 +400,8 @@ def score_flags(p):
     p.add_argument('--dino', default='facebook/dino-vitb16',
                    help='DINO ViT-B/16: a folder or hub repository')
     p.add_argument('--clip', default='openai/clip-vit-base-patch32', help='CLIP ViT-B/32')
-    p.add_argument('--clip-large', default='openai/clip-vit-large-patch14', help='CLIP '
-                                                                                 'ViT-L/14')
+    p.add_argument('--clip-large', default='openai/clip-vit-large-patch14',
+                   help='CLIP ViT-L/14')
     p.add_argument('--aesthetic-head', metavar='FILE',
                    help='LAION\'s sa_0_4_vit_l_14_linear.pth')
     p.add_argument('--vbench-python', metavar='FILE',
@@ -681,12 +693,13 @@ def read_results(paths):
             raise InputError(f'{file} is no result file: expected {{dimension: [score, '
                              '[videos]]}')
         for key, value in content.items():
-            name, value = key.replace(
-                ' ', '_'), value[0] if isinstance(value, list) and value else value
+            name = key.replace(' ', '_')
+            if isinstance(value, list) and value:  # [the score, [videos]]
+                value = value[0]
             if name not in VBENCH and name not in TINY:
                 raise InputError(f'{file} has the unknown dimension {key!r}')
-            if isinstance(value, bool) or not isinstance(value,
-                                                         (int, float)) or not -1 <= value <= 1:
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not is_number or not -1 <= value <= 1:
                 raise InputError(f'{file}: the score of {name} is {str(value)[:40]}, not a '
                                  'number up to 1')
             if scores.get(name, value) != value:

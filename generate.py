@@ -400,8 +400,8 @@ class Graphed:
                 for a, b in zip(kept, new):
                     a.copy_(b)
         if (start, x.shape) not in self.graphs:
-            self.graphs[start, x.shape] = self.record(x.clone(), t.clone(), context, cache,
-                                                      start)
+            recorded = self.record(x.clone(), t.clone(), context, cache, start)
+            self.graphs[start, x.shape] = recorded
         graph, inputs, v, _ = self.graphs[start, x.shape]
         for kept, new in zip(inputs, (x, t)):
             kept.copy_(new)
@@ -550,8 +550,9 @@ def load(args, process):
     vae = load_vae(folder, dtype, process.device)
     text = load_text_encoder(folder, dtype, process.device, args.offload_text)
 
-    args.timesteps = args.timesteps or saved_steps(metadata) or (None if args.bidirectional else
-                                                                 warped_steps())
+    args.timesteps = args.timesteps or saved_steps(metadata)
+    if not args.timesteps:
+        args.timesteps = None if args.bidirectional else warped_steps()
     args.chunk = args.chunk or saved_number(metadata, 'chunk', 3, int)
     if args.bidirectional:
         args.chunk = latent_frames(args.frames)

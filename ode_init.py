@@ -188,8 +188,8 @@ def sample(args, process):
                     'guidance', 'negative', 'per_file', 'seed')
     }
     settings['timesteps'] = timesteps
-    if any(out.glob('trajectories_*.safetensors')) and (old :=
-                                                        Trajectories(out).settings) != settings:
+    there = any(out.glob('trajectories_*.safetensors'))
+    if there and (old := Trajectories(out).settings) != settings:
         key = next(key for key in settings if old.get(key) != settings[key])
         raise InputError(f'{out} holds trajectories with {key} = {old.get(key)}, not '
                          f'{settings[key]}: give the same flags to go on, or another --out')

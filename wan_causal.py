@@ -1010,11 +1010,10 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, c_in, c_out):
         super().__init__()
-        self.residual = nn.Sequential(ChannelNorm(c_in, silu=True), nn.Identity(),
-                                      CausalConv3d(c_in, c_out,
-                                                   3), ChannelNorm(c_out, silu=True),
-                                      nn.Identity(), nn.Identity(),
-                                      CausalConv3d(c_out, c_out, 3))
+        self.residual = nn.Sequential(
+            ChannelNorm(c_in, silu=True), nn.Identity(), CausalConv3d(c_in, c_out, 3),
+            ChannelNorm(c_out, silu=True), nn.Identity(), nn.Identity(),
+            CausalConv3d(c_out, c_out, 3))
         self.shortcut = CausalConv3d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x, cache=None):
@@ -1585,8 +1584,8 @@ def vae_diffusers_key(key, num_res_blocks):
     """Wan2.1_VAE.pth's key -> the name in diffusers' AutoencoderKLWan."""
     def up(match):  # each level: num_res_blocks + 1 residual blocks, then the upsampler
         level, j = divmod(int(match[1]), num_res_blocks + 2)
-        return f'decoder.up_blocks.{level}.' + (f'resnets.{j}.'
-                                                if j <= num_res_blocks else 'upsamplers.0.')
+        part = f'resnets.{j}.' if j <= num_res_blocks else 'upsamplers.0.'
+        return f'decoder.up_blocks.{level}.{part}'
     key = re.sub(r'^decoder\.upsamples\.(\d+)\.', up, key)
     key = rename(key, [('conv1.', 'quant_conv.'), ('conv2.', 'post_quant_conv.'),
                        ('encoder.conv1.', 'encoder.conv_in.'),
@@ -1765,13 +1764,9 @@ def load_exactly(model, state, source):
     shapes = [f'{key} {tuple(state[key].shape)} instead of {expected[key]}' for key in expected
               if key in state and tuple(state[key].shape) != expected[key]]
     if missing or extra or shapes:
-        parts = [
-            f'{len(keys)} {what} '
-            f'({", ".join(keys[:3])}{", ..." if len(keys) > 3 else ""})'
-            for what, keys in (('missing', missing), ('unexpected', extra), ('of another shape',
-                                                                             shapes))
-            if keys
-        ]
+        wrong = {'missing': missing, 'unexpected': extra, 'of another shape': shapes}
+        parts = [f'{len(keys)} {what} ({", ".join(keys[:3])}{", ..." * (len(keys) > 3)})'
+                 for what, keys in wrong.items() if keys]
         raise InputError(f'{source} does not fit this model: of {len(expected)} tensors, ' +
                          '; '.join(parts))
     model.load_state_dict(state, assign=True)
@@ -1845,8 +1840,8 @@ def load_vae(name, dtype=torch.float32, device='cpu', **sizes):
         }
     else:
         vae, state = WanVAE(**sizes), read_state(folder / 'Wan2.1_VAE.pth')[0]
-    return load_exactly(vae, state, f'{folder} (VAE)').to(device,
-                                                          dtype).eval().requires_grad_(False)
+    vae = load_exactly(vae, state, f'{folder} (VAE)').to(device, dtype)
+    return vae.eval().requires_grad_(False)
 
 
 UMT5_XXL = dict(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24,
@@ -2069,11 +2064,12 @@ def load_checkpoint(model, name, ema=True, onto=False):
     if not is_state(state):
         raise InputError(f'{path} holds no state dict: expected tensors, or one of '
                          f'{", ".join(wrappers)}')
-    for what, sign in (('an ImageReward model', 'blip.'), ('a VAE', 'encoder.downsamples.'),
-                       ('a VAE', 'encoder.down_blocks.'), ('a text encoder',
-                                                           'token_embedding.'),
-                       ('a text encoder', 'encoder.block.'), ('ODE trajectories',
-                                                              'trajectory')):
+    # files that are often taken for a generator's
+    for sign, what in (('blip.', 'an ImageReward model'), ('encoder.downsamples.', 'a VAE'),
+                       ('encoder.down_blocks.', 'a VAE'),
+                       ('token_embedding.', 'a text encoder'),
+                       ('encoder.block.', 'a text encoder'),
+                       ('trajectory', 'ODE trajectories')):
         if any(key.startswith(sign) for key in state):
             raise InputError(f'{path} is {what}, not generator weights')
     state = native_keys(state, model.state_dict())
@@ -2449,16 +2445,15 @@ def processes(device=None, shard=False):
     generator seeded alike on all ranks; noise from one seeded by its sample's global index, so
     that neither the number of ranks nor the batch size changes the result.
     """
-    given = {
-        key: os.environ[key]
-        for key in ('WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
-        if key in os.environ
-    }
-    world, rank, local = (int(x) if (x := given.get(key, default)).isdecimal() else -1
-                          for key, default in (('WORLD_SIZE', '1'), ('RANK', '0'),
-                                               ('LOCAL_RANK', '0')))
-    if not 0 <= rank < world or local < 0 or (
-            world > 1 and not {'RANK', 'MASTER_ADDR', 'MASTER_PORT'} <= set(given)):
+    names = ('WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
+    given = {key: os.environ[key] for key in names if key in os.environ}
+
+    def count(key, default):
+        text = given.get(key, default)
+        return int(text) if text.isdecimal() else -1
+    world, rank, local = count('WORLD_SIZE', '1'), count('RANK', '0'), count('LOCAL_RANK', '0')
+    complete = world == 1 or {'RANK', 'MASTER_ADDR', 'MASTER_PORT'} <= set(given)
+    if not 0 <= rank < world or local < 0 or not complete:
         raise InputError('the environment has '
                          f'{" ".join(f"{k}={v}" for k, v in given.items())}, which is not what '
                          'torchrun sets: start with torchrun, or unset it')
@@ -2609,10 +2604,10 @@ def number(low=None, high=None, above=None, below=None, kind=float, step=None):
         except (ValueError, OverflowError):
             raise argparse.ArgumentTypeError(
                 f'{text} is no {"whole " * (kind is int)}number') from None
-        for words, bound, holds in (('at least', low, operator.ge), ('at most', high,
-                                                                     operator.le),
-                                    ('more than', above, operator.gt), ('less than', below,
-                                                                        operator.lt)):
+        for words, bound, holds in (('at least', low, operator.ge),
+                                    ('at most', high, operator.le),
+                                    ('more than', above, operator.gt),
+                                    ('less than', below, operator.lt)):
             if bound is not None and not holds(value, bound):
                 raise argparse.ArgumentTypeError(f'{text} must be {words} {bound}')
         if step and (value - low) % step:
@@ -2791,8 +2786,9 @@ def read_prompts(args):
                              'line')
         return prompts
     prompts = lines(args.prompts)
-    return (prompts, lines(args.held_out)) if args.held_out else (prompts[:-4] or prompts,
-                                                                  prompts[-4:])
+    if args.held_out:
+        return prompts, lines(args.held_out)
+    return prompts[:-4] or prompts, prompts[-4:]
 
 
 def trainable(model, args, device, dtype):

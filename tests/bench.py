@@ -394,11 +394,12 @@ def random_model(make, dtype=torch.float32, device='cpu'):
         torch.set_default_dtype(torch.float32)
 
 
-def random_stage(module, argv, sizes, size, batch, device=torch.device('cpu')):
+def random_stage(module, argv, sizes, size, batch, device=torch.device('cpu'), shared=lambda count: None):
     """Two steps of a stage's own train() with random models and without a text encoder; returns its metrics.
 
     In a FakeTensorMode nothing is computed, and shapes and memory are the real ones. Two timesteps instead of four take
-    as much memory. size: height, width and frames of the videos.
+    as much memory. size: height, width and frames of the videos. shared: is told the bytes of what --shard shares out,
+    but for the gradients: weights, averages, the optimizers' moments, the frozen teacher.
     """
     height, width, frames = size
     simulated = torch._guards.detect_fake_mode() is not None
@@ -431,7 +432,20 @@ def random_stage(module, argv, sizes, size, batch, device=torch.device('cpu')):
         for name, value in stand_ins.items():
             if hasattr(module, name):
                 stack.enter_context(mock.patch.object(module, name, value))
-        stack.enter_context(mock.patch('wan_causal.Run.due', lambda *_: False))  # neither samples nor saves
+        def due(run, every):  # neither samples nor saves
+            if run.step == 0:  # once, before the first step
+                for part in run.parts.values():
+                    if isinstance(part, torch.optim.Optimizer):
+                        shared(2 * sum(p.nbytes for group in part.param_groups for p in group['params']))
+                    else:
+                        shared(sum(x.nbytes for x in part.state_dict().values()))
+            return False
+
+        def frozen(process, model):
+            shared(sum(p.nbytes for p in model.parameters()))
+            return model.eval().requires_grad_(False)
+        stack.enter_context(mock.patch('wan_causal.Run.due', due))
+        stack.enter_context(mock.patch('wan_causal.Process.frozen', frozen))
         if simulated:
             # one call over all keys: what flex attention keeps on a GPU, and not the groups of rectangles
             stack.enter_context(mock.patch('wan_causal.attend',
@@ -473,17 +487,22 @@ def fake_generation(config, bidirectional, size, batch):
 
 def memory(args):
     """Peak memory of a process of each stage. Nothing is allocated: the stages' own code runs on fake tensors, which
-    have shapes alone, and what is alive is added up."""
+    have shapes alone, and what is alive is added up. With --gpus N as --shard shares it out: 1/N of the weights and what
+    belongs to them, and two blocks gathered, the one that computes and the next."""
     config, giant = SIZES[args.size], 'Wan-AI/Wan2.1-T2V-14B'
     large = dataclasses.replace(CONFIGS['14B'], text_dim=config.text_dim)  # both read the same text
     height, width, frames = size = picture(args)
     causal = ['--ratio', '1', '--student', 'causal']
 
+    shares = []
+
     def stage(module, *argv):
-        return lambda: random_stage(module, argv, {None: config, giant: large}, size, args.batch)
-    stages = {
+        return lambda: random_stage(module, argv, {None: config, giant: large}, size, args.batch, shared=shares.append)
+    generating = {  # is not shared out
         'generate.py': lambda: fake_generation(config, False, size, args.batch),
-        'generate.py --bidirectional': lambda: fake_generation(config, True, size, args.batch),
+        'generate.py --bidirectional': lambda: fake_generation(config, True, size, args.batch)}
+    stages = {
+        **(generating if args.gpus == [1] else {}),
         'ode_init.py train': stage(ode_init, 'train'),
         'reward_forcing.py': stage(reward_forcing),
         'distill_dmd.py': stage(distill_dmd, '--ratio', '1'),
@@ -493,17 +512,21 @@ def memory(args):
         'cm_grpo.py, without CLIP': stage(cm_grpo, '--group', str(2 * args.batch), '--prompts-per-step', '1',
                                           '--rewards', 'imagereward', 'motion', 'smoothness')}
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    print(f'{args.size} at {width}x{height}, {frames} frames, batch {args.batch}: peak GiB, without text encoder and '
-          'work space')
+    print(f'{args.size} at {width}x{height}, {frames} frames, batch {args.batch}: peak GiB on each of '
+          f'{", ".join(map(str, args.gpus))} GPUs, without text encoder and work space; a card of which a tenth is free')
+    with torch.device('meta'):
+        block = 4 * sum(p.numel() for p in WanModel(dataclasses.replace(config, num_layers=1)).blocks.parameters())
     for name, run in stages.items():
         if not re.search(args.only, name):
             continue
         ledger = Ledger()
         with mode, Unread(), ledger, contextlib.redirect_stdout(io.StringIO()):
             run()
-        gib = ledger.peak / 2 ** 30
-        card = next((f'{c} GB' for c in (24, 48, 80) if gib < 0.95 * c * 1e9 / 2 ** 30), 'more than 80 GB')
-        print(f'{name:<40}{gib:6.1f}  on a card of {card}', flush=True)
+        for gpus in args.gpus:
+            peak = ledger.peak if gpus == 1 else ledger.peak - (1 - 1 / gpus) * sum(shares) + 2 * block
+            card = next((f'{c} GB' for c in (24, 48, 80) if peak < 0.9 * c * 1e9), 'more than 80 GB')
+            print(f'{name:<40}{gpus:3} GPUs{peak / 2 ** 30:8.1f}  on a card of {card}', flush=True)
+        shares.clear()
 
 
 def flags(argv):
@@ -542,6 +565,7 @@ def flags(argv):
     v.add_argument('--chunk', type=int, default=3, help='latent frames per chunk of CM-GRPO')
     v.add_argument('--init', help='the causal generator to start from (default: the tiny model\'s)')
     v = verb('memory', 'peak memory of every stage on a GPU, simulated', models)
+    v.add_argument('--gpus', type=int, nargs='+', default=[1], help='that share the models with --shard')
     v.add_argument('--only', default='', help='those whose name has a match of this')
     v = verb('check', 'is everything right on this card, and how fast', models, machine, repeats, sampling)
     parts = ['correctness', 'stages', 'full', 'speed']

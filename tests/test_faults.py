@@ -12,7 +12,7 @@ import imageio
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run, start_script, torchrun
+from conftest import ROOT, python, run, start_script, torchrun
 from safetensors.torch import load_file
 
 import cm_grpo
@@ -192,9 +192,20 @@ def test_a_video_is_whole_or_not_there_and_a_broken_one_is_made_again(tmp_path):
     assert good.read_bytes() == before and [wc.frames_in(path) for path in (good, cut, text, long)] == [5, 9, 9, 9]
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("script", ["generate.py", "distill_dmd.py", "eval_vbench.py"])
+def test_ctrl_c_while_importing(script, tmp_path):
+    """Importing takes seconds, in which nothing of ours has begun."""
+    (tmp_path / "numpy.py").write_text("raise KeyboardInterrupt\n")
+    done = python(script, env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 130 and done.stderr == "error: stopped by Ctrl-C\n", done.stderr
+
+
 def test_without_ffmpeg(tmp_path):
     done = run("generate.py", PROMPT, "--frames", 5, "--out", tmp_path, env={"IMAGEIO_FFMPEG_EXE": "/no/ffmpeg"})
-    assert "/no/ffmpeg" in error_of(done) and not any(tmp_path.iterdir())
+    assert "videos cannot be written: " in error_of(done) and not any(tmp_path.iterdir())
+    done = run("reward_forcing.py", "--out", tmp_path / "run", env={"IMAGEIO_FFMPEG_EXE": "/no/ffmpeg"})
+    assert "videos cannot be written: " in error_of(done) and not any(tmp_path.iterdir())  # before any model is loaded
 
 
 def test_a_closed_pipe(tmp_path):
@@ -276,7 +287,7 @@ def resumed(tmp_path):
             with wc.processes("cpu") as process:
                 wc.claim_folder(args, process)
                 model = torch.nn.Linear(2, 1)
-                run = wc.Run("test", args, process, net=model, ema=wc.EMA(model, 0.9))
+                run = wc.Run("test", args, process, [], net=model, ema=wc.EMA(model, 0.9))
                 process.lock.close()
                 return run
         begun = begin()

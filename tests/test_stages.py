@@ -467,9 +467,8 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("shard", [[], ["--shard"]])
 @pytest.mark.parametrize("stage", STAGES)
-def test_two_ranks_and_accumulation_equal_one_process_with_the_whole_batch(stage, shard, made, tmp_path):
+def test_two_ranks_and_accumulation_equal_one_process_with_the_whole_batch(stage, made, tmp_path):
     """Also: two steps as plain python and under torchrun, there with recomputed activations (the default at full size),
     under DistributedDataParallel and sharded, with sample videos and a usable result."""
     args = [*command(stage, made), *FEW, "--lr", 1e-4, "--steps", 2]
@@ -477,19 +476,22 @@ def test_two_ranks_and_accumulation_equal_one_process_with_the_whole_batch(stage
              "self-forcing": ["--reward-weight", 0.5, "--rollout-frames", 25]}.get(stage, [])
     batch, accum = (4, 2) if stage in ("ode_init", "raven") else (2, 1)
     share = [] if stage == "cm_grpo" else ["--accum", accum]  # which has 2 of its own
+    together = ["--batch", 1, *share, "--checkpointing"]
     one, two = alone_and_under_torchrun(args, ["--batch", batch, "--sample-every", 2, "--out", tmp_path / "one"], [
-        "--sample-every", 2 * len(shard), "--batch", 1, *share, "--checkpointing", *shard, "--out", tmp_path / "two"])
-    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+        "--sample-every", 0, *together, "--out", tmp_path / "two"])
+    sharded = torchrun(2, *args, *together, "--shard", "--sample-every", 2, "--out", tmp_path / "sharded")
+    assert one.returncode == two.returncode == sharded.returncode == 0, one.stderr + two.stderr + sharded.stderr
     start = wc.load_dit(TINY).state_dict()  # LoRA's B starts at zero
-    a, b = (torch.load(tmp_path / name / "state.pt", weights_only=True)["parts"]["generator"]
-            for name in ("one", "two"))
+    a, *others = (torch.load(tmp_path / name / "state.pt", weights_only=True)["parts"]["generator"]
+                  for name in ("one", "two", "sharded"))
     moved = torch.cat([(a[k] - start.get(k, 0)).flatten() for k in a if k in start or ".lora_B." in k]).norm()
-    apart = torch.cat([(a[k] - b[k]).flatten() for k in a]).norm()
     # Adam's first steps are the gradient's sign: an element whose gradient is float noise may differ by a whole step.
-    assert moved > 0 and apart < 1e-2 * moved
-    for x, y in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two")):
-        for key in set(x) & set(y) - {"seconds", "peak_gib"}:
-            assert x[key] == pytest.approx(y[key], rel=2e-3, abs=1e-4), key
+    for b in others:
+        assert 0 <= torch.cat([(a[k] - b[k]).flatten() for k in a]).norm() < 1e-2 * moved
+    for name in ("two", "sharded"):
+        for x, y in zip(metrics(tmp_path / "one"), metrics(tmp_path / name)):
+            for key in set(x) & set(y) - {"seconds", "peak_gib"}:
+                assert x[key] == pytest.approx(y[key], rel=2e-3, abs=1e-4), key
     for step in ("step_000000", "step_000002"):  # what it starts from, and what has come of it
         names = sorted(path.name for path in (tmp_path / "one/samples" / step).iterdir())
         assert [name[:4] for name in names] == ["0_a_", "1_a_", "2_a_", "3_a_"]
