@@ -1913,35 +1913,36 @@ def native_keys(state, expected):
     names = {dit_diffusers_key(key): key for key in expected}
     diffusers = any(piece in key for key in state for piece in
                     ('condition_embedder.', '.attn1.', '.attn2.', '.ffn.net.'))
-    flat = {
-        name.removesuffix('.weight').replace('.', '_'): key.removesuffix('.weight')
-        for theirs, key in names.items()
-        for name in (theirs, key)
-    }  # kohya's names have no dots
+    # kohya's adapters write a module's name, of either layout, with _ for every dot
+    flat = {name.removesuffix('.weight').replace('.', '_'): key.removesuffix('.weight')
+            for theirs, key in names.items() for name in (theirs, key)}
+    # what wrappers of training put into a name, and what projects put before it
+    inside = ('_fsdp_wrapped_module.', '_checkpoint_wrapped_module.', '_orig_mod.',
+              '.base_layer')
+    before = re.compile(r'^((base_model\.model|diffusion_model|transformer|model|net|module)\.'
+                        r'|lora_unet_)+')
+    # counters, a RoPE table, a critic's head: not the generator's
+    besides = re.compile(r'freqs|n_averaged|accum_.*'
+                         r'|.*(_cls_pred_branch\.|_register_tokens|_gan_ca_blocks\.).*')
     out = {}
     for key, value in state.items():
-        for wrapper in ('_fsdp_wrapped_module.', '_checkpoint_wrapped_module.', '_orig_mod.',
-                        '.base_layer'):
+        for wrapper in inside:
             key = key.replace(wrapper, '')
-        prefixes = ('base_model.model.', 'diffusion_model.', 'transformer.', 'model.', 'net.',
-                    'module.', 'lora_unet_')
-        while any(key.startswith(prefix) for prefix in prefixes):
-            key = key.removeprefix(next(prefix for prefix in prefixes
-                                        if key.startswith(prefix)))
-        if key in ('freqs', 'n_averaged') or key.startswith('accum_') or \
-                any(head in key for head in ('_cls_pred_branch.', '_register_tokens', '_gan_ca_blocks.')):
-            continue  # a RoPE table, counters, a critic's head
+        key = before.sub('', key)
+        if besides.fullmatch(key):
+            continue
         if adapter := ADAPTER.fullmatch(key):
             module, part = adapter.groups()
             module = flat.get(module, module)
             if diffusers:
                 module = names.get(f'{module}.weight', module).removesuffix('.weight')
             part = part.replace('lora_down', 'lora_A').replace('lora_up', 'lora_B')
-            # an adapter's name between them
-            key = f'{module}.' + re.sub(r'^(lora_[AB])\.[^.]+\.', r'\1.', part)
+            # PEFT puts the adapter's own name in between: lora_A.default.weight
+            part = re.sub(r'^(lora_[AB])\.[^.]+\.', r'\1.', part)
+            key = f'{module}.{part}'
         elif diffusers:
             key = names.get(key, key)
-        # it may be a linear layer's
+        # some keep the patch convolution as a linear layer
         if key == 'patch_embedding.weight' and value.numel() == expected[key].numel():
             value = value.view(expected[key].shape)
         out[key] = value
@@ -2012,6 +2013,7 @@ def merge_lora(state, base, config=None):
         A, B, bias = (part.pop(f'lora_{name}', None)
                       for name in ('A.weight', 'B.weight', 'B.bias'))
         alpha, diff, diff_b = (part.pop(name, None) for name in ('alpha', 'diff', 'diff_b'))
+        # what is to be added to the module's weight and bias
         updates = [('weight', diff), ('bias', diff_b)]
         unfit = InputError(f'the LoRA of {module} does not fit this model')
         if part:
@@ -2020,7 +2022,7 @@ def merge_lora(state, base, config=None):
         if A is not None or B is not None or bias is not None:
             if A is None or B is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
                 raise unfit
-            if alpha is None:
+            if alpha is None:  # the module's own comes before its pattern's and the config's
                 alpha = next((a for p, a in patterns.items() if named(p, module)),
                              config.get('lora_alpha', len(A)))
             try:
@@ -2033,6 +2035,7 @@ def merge_lora(state, base, config=None):
         for name, update in updates:
             if update is None:
                 continue
+            # in float32: in bfloat16 a small update would be rounded away
             key = f'{module}.{name}'
             old = full.get(key)
             if old is None or update.numel() != old.numel() or len(update) != len(old):
@@ -2057,10 +2060,10 @@ def load_checkpoint(model, name, ema=True, onto=False):
     state, metadata = read_weights(path)
     wrappers = ['generator_ema', 'ema', 'generator', 'generator_lora', 'model', 'state_dict']
     wrappers = wrappers if ema else wrappers[2:] + wrappers[:2]
-    # an empty one, of a run whose average has not begun, hides nothing
     if isinstance(state, dict):
-        state = next(
-            (state[w] for w in wrappers if isinstance(state.get(w), dict) and state[w]), state)
+        # an empty one, of a run whose average has not begun, hides nothing
+        inner = [state[w] for w in wrappers if isinstance(state.get(w), dict) and state[w]]
+        state = inner[0] if inner else state
     if not is_state(state):
         raise InputError(f'{path} holds no state dict: expected tensors, or one of '
                          f'{", ".join(wrappers)}')
