@@ -348,12 +348,19 @@ def train(args, more):
 
 
 class Ledger(TorchDispatchMode):
-    """Counts the bytes of all tensors that are alive, now and at most, in blocks of 512 as CUDA's allocator has it."""
+    """Counts the bytes of all tensors that are alive, now and at most, in blocks of 512 as CUDA's allocator has it.
 
-    def __init__(self):
+    shared: how many of these --shard would share out now; peaks: at most, on each of so many GPUs.
+    """
+
+    def __init__(self, gpus=(1,)):
         super().__init__()
-        self.now = self.peak = 0
-        self.known = set()
+        self.now = self.shared = 0
+        self.known, self.peaks = set(), dict.fromkeys({1, *gpus}, 0)
+
+    @property
+    def peak(self):
+        return self.peaks[1]
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -366,7 +373,8 @@ class Ledger(TorchDispatchMode):
         key, size = storage._cdata, -(-storage.nbytes() // 512) * 512
         self.known.add(key)
         self.now += size
-        self.peak = max(self.peak, self.now)
+        for gpus, peak in self.peaks.items():
+            self.peaks[gpus] = max(peak, self.now - (1 - 1 / gpus) * self.shared)
         weakref.finalize(storage, self.drop, key, size)
 
     def drop(self, key, size):
@@ -394,12 +402,12 @@ def random_model(make, dtype=torch.float32, device='cpu'):
         torch.set_default_dtype(torch.float32)
 
 
-def random_stage(module, argv, sizes, size, batch, device=torch.device('cpu'), shared=lambda count: None):
+def random_stage(module, argv, sizes, size, batch, device=torch.device('cpu'), ledger=None):
     """Two steps of a stage's own train() with random models and without a text encoder; returns its metrics.
 
     In a FakeTensorMode nothing is computed, and shapes and memory are the real ones. Two timesteps instead of four take
-    as much memory. size: height, width and frames of the videos. shared: is told the bytes of what --shard shares out,
-    but for the gradients: weights, averages, the optimizers' moments, the frozen teacher.
+    as much memory. size: height, width and frames of the videos. ledger: a Ledger, which is told what --shard would share
+    out: weights, averages, gradients, the optimizers' moments, the frozen teacher.
     """
     height, width, frames = size
     simulated = torch._guards.detect_fake_mode() is not None
@@ -432,20 +440,37 @@ def random_stage(module, argv, sizes, size, batch, device=torch.device('cpu'), s
         for name, value in stand_ins.items():
             if hasattr(module, name):
                 stack.enter_context(mock.patch.object(module, name, value))
+        gradients = {}  # id of a weight -> the bytes of its gradient, if there is one
+
+        def begun(weight):
+            ledger.shared += weight.nbytes if id(weight) not in gradients else 0
+            gradients[id(weight)] = weight.nbytes
+
         def due(run, every):  # neither samples nor saves
-            if run.step == 0:  # once, before the first step
+            if run.step == 0 and ledger:  # once, before the first step
                 for part in run.parts.values():
-                    if isinstance(part, torch.optim.Optimizer):
-                        shared(2 * sum(p.nbytes for group in part.param_groups for p in group['params']))
-                    else:
-                        shared(sum(x.nbytes for x in part.state_dict().values()))
+                    if not isinstance(part, torch.optim.Optimizer):
+                        ledger.shared += sum(x.nbytes for x in part.state_dict().values())
+                        continue
+                    for weight in (p for group in part.param_groups for p in group['params']):
+                        ledger.shared += 2 * weight.nbytes
+                        weight.register_post_accumulate_grad_hook(begun)
+                ledger.peaks = dict.fromkeys(ledger.peaks, 0)  # what is loaded lies in the CPU's memory
             return False
 
+        def forget_gradients(process, optimizer):
+            optimizer.zero_grad()
+            for weight in (p for group in optimizer.param_groups for p in group['params']):
+                if ledger:
+                    ledger.shared -= gradients.pop(id(weight), 0)
+
         def frozen(process, model):
-            shared(sum(p.nbytes for p in model.parameters()))
+            if ledger:
+                ledger.shared += sum(p.nbytes for p in model.parameters())
             return model.eval().requires_grad_(False)
-        stack.enter_context(mock.patch('wan_causal.Run.due', due))
-        stack.enter_context(mock.patch('wan_causal.Process.frozen', frozen))
+        for name, function in (('Run.due', due), ('Process.frozen', frozen),
+                               ('Process.forget_gradients', forget_gradients)):
+            stack.enter_context(mock.patch(f'wan_causal.{name}', function))
         if simulated:
             # one call over all keys: what flex attention keeps on a GPU, and not the groups of rectangles
             stack.enter_context(mock.patch('wan_causal.attend',
@@ -488,16 +513,14 @@ def fake_generation(config, bidirectional, size, batch):
 def memory(args):
     """Peak memory of a process of each stage. Nothing is allocated: the stages' own code runs on fake tensors, which
     have shapes alone, and what is alive is added up. With --gpus N as --shard shares it out: 1/N of the weights and what
-    belongs to them, and two blocks gathered, the one that computes and the next."""
+    belongs to them, and three blocks whole: the one that computes, the next, and a gradient."""
     config, giant = SIZES[args.size], 'Wan-AI/Wan2.1-T2V-14B'
     large = dataclasses.replace(CONFIGS['14B'], text_dim=config.text_dim)  # both read the same text
     height, width, frames = size = picture(args)
     causal = ['--ratio', '1', '--student', 'causal']
 
-    shares = []
-
     def stage(module, *argv):
-        return lambda: random_stage(module, argv, {None: config, giant: large}, size, args.batch, shared=shares.append)
+        return lambda: random_stage(module, argv, {None: config, giant: large}, size, args.batch, ledger=ledger)
     generating = {  # is not shared out
         'generate.py': lambda: fake_generation(config, False, size, args.batch),
         'generate.py --bidirectional': lambda: fake_generation(config, True, size, args.batch)}
@@ -519,14 +542,13 @@ def memory(args):
     for name, run in stages.items():
         if not re.search(args.only, name):
             continue
-        ledger = Ledger()
+        ledger = Ledger(args.gpus)
         with mode, Unread(), ledger, contextlib.redirect_stdout(io.StringIO()):
             run()
         for gpus in args.gpus:
-            peak = ledger.peak if gpus == 1 else ledger.peak - (1 - 1 / gpus) * sum(shares) + 2 * block
+            peak = ledger.peaks[gpus] + 3 * block * (gpus > 1)
             card = next((f'{c} GB' for c in (24, 48, 80) if peak < 0.9 * c * 1e9), 'more than 80 GB')
             print(f'{name:<40}{gpus:3} GPUs{peak / 2 ** 30:8.1f}  on a card of {card}', flush=True)
-        shares.clear()
 
 
 def flags(argv):

@@ -472,7 +472,7 @@ def test_two_ranks_and_accumulation_equal_one_process_with_the_whole_batch(stage
     """Also: two steps as plain python and under torchrun, there with recomputed activations (the default at full size),
     under DistributedDataParallel and sharded, with sample videos and a usable result."""
     args = [*command(stage, made), *FEW, "--lr", 1e-4, "--steps", 2]
-    args += {"reward_forcing": ["--reward-frames", "all"],  # gradient in every chunk
+    args += {"reward_forcing": ["--reward-frames", "all"], "cm_grpo": ["--kl", 0.5],  # gradient in every chunk
              "self-forcing": ["--reward-weight", 0.5, "--rollout-frames", 25]}.get(stage, [])
     batch, accum = (4, 2) if stage in ("ode_init", "raven") else (2, 1)
     share = [] if stage == "cm_grpo" else ["--accum", accum]  # which has 2 of its own
