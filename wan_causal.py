@@ -684,10 +684,10 @@ class WanModel(nn.Module):
         Returns v (B, C, F, H, W), float32.
         """
         self.check_input(x, t, context, layout, cache)
-        # Entered anew by every forward: within one autocast region, weights cast without
-        # gradient are kept, and a later forward with gradient would use them and lose its
-        # gradient.
-        with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
+        # No cache: a weight is cast where it is used, once in a forward. Kept, the casts would be
+        # a second model in memory, whole even where this one is sharded.
+        with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None,
+                            cache_enabled=False):
             return self.compute(x, t, context, layout, cache, start)
 
     def prompt_keys_values(self, context):
