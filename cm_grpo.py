@@ -470,8 +470,8 @@ def train(args, process):
         process.forget_gradients(optimizer)
         ema.update(net, step)
 
-        # log, sample, save
-        # dead: the share of groups without any spread, which teach nothing
+        # --- log, sample, save
+        # the share of groups without any spread, which teach nothing
         dead = (advantage.abs().amax(dim=1) < 1e-6).float().mean().item()
         metrics = {**named, 'no_spread': dead, 'transition': k, **metrics}
         if run.due(args.sample_every):

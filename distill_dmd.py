@@ -167,8 +167,7 @@ def with_reward(direction, gradient, weight):
     Per sample, the gradient is brought to the direction's norm.
     """
     gradient = gradient.double()
-    norms = (x.flatten(1).norm(dim=1) for x in (direction, gradient))  # (B,) each
-    size, of_reward = norms
+    size, of_reward = (x.flatten(1).norm(dim=1) for x in (direction, gradient))  # (B,) each
     scale = size / of_reward.clamp(min=1e-12)
     # minus: the loss falls against the direction, the reward rises along its gradient
     return direction - weight * scale.view(-1, 1, 1, 1, 1) * gradient
@@ -335,8 +334,8 @@ def train(args, process):
     vae = load_vae(folder, dtype, device)
     say_cut(process, prompts, text, 'the text encoder')
     net, steps, chunk, shift = load_generator(folder, args.init, args.student, args.shift)
+    teacher = process.frozen(load_dit(args.teacher or folder, dtype))
     critic_net = load_dit(folder)  # the fake score starts from the model itself
-    teacher = load_dit(args.teacher or folder, dtype)
     reward = None
     if args.reward_weight:
         judge = load_image_reward(args.reward_model, device)
@@ -346,7 +345,6 @@ def train(args, process):
     # --- what is trained
     net, critic_net = (trainable(m, args, device, dtype) for m in (net, critic_net))
     generator, critic = process.wrap(net), process.wrap(critic_net)
-    teacher = process.frozen(teacher)
     vae.decoder.checkpointing = args.checkpointing
     negative = text([args.negative] * args.batch).float()
 
@@ -427,8 +425,8 @@ def train(args, process):
                     loss = flow_loss(critic, x0, t, b.context, eps) / args.accum
                     loss.backward()
                 critic_loss += loss.item()
-            weights_trained = critic_net.parameters()
-            critic_norm = torch.nn.utils.clip_grad_norm_(weights_trained, args.grad_clip)
+            critic_norm = torch.nn.utils.clip_grad_norm_(critic_net.parameters(),
+                                                         args.grad_clip)
             run.check(critic_loss=critic_loss, critic_norm=critic_norm)
             critic_optimizer.step()
             process.forget_gradients(critic_optimizer)

@@ -592,9 +592,9 @@ def score(args, process, entries, dimensions):
     for dimension in here:
         mine = [i for i, job in enumerate(jobs) if job[0] == dimension]
         each = sums[mine, 0] / sums[mine, 1]
-        total = sums[mine,
-                     0].sum() / sums[mine,
-                                     1].sum() if dimension in OVER_FRAMES else each.mean()
+        total = each.mean()
+        if dimension in OVER_FRAMES:
+            total = sums[mine, 0].sum() / sums[mine, 1].sum()
         if process.rank == 0:
             write_results(args.out, dimension, total.item(),
                           [{'video_path': str(jobs[i][1]), 'video_results': value}

@@ -380,8 +380,9 @@ class Graphed:
         self.sizes = self.cache = self.pool = None
         self.new_prompt, self.graphs = True, {}
 
-    def make_cache(self, *sizes):
+    def make_cache(self, batch, frames, tokens, sink=0, rolling=False):
         """See `WanModel.make_cache`; a rollout asks for it once, at its start."""
+        sizes = batch, frames, tokens, sink, rolling
         if sizes != self.sizes:
             self.graphs.clear()  # before the cache that they point to
             self.cache = None
@@ -506,6 +507,15 @@ def overlapping_video(model, vae, text, args, prompt, seed):
             init = torch.cat([first, kept[:, :, kept.shape[2] - (args.overlap - 1):]], dim=2)
 
 
+def video(model, vae, text, args, prompt, seed, init=None):
+    """The pieces of a video, made as the flags ask for it."""
+    if args.timesteps is None:
+        return teacher_video(model, vae, text, args, prompt, seed)
+    if args.overlap:
+        return overlapping_video(model, vae, text, args, prompt, seed)
+    return causal_video(model, vae, text, args, prompt, seed, init)
+
+
 @contextlib.contextmanager
 def video_file(path, args):
     """`with video_file(path, args) as write: write(piece)`: pieces (3, T, H, W) in [-1, 1]
@@ -622,14 +632,8 @@ def main():
         process.print(described(args))
         for prompt, seed, path in still_to_make(jobs, args, process):
             began = time.perf_counter()
-            if args.timesteps is None:
-                pieces = teacher_video(model, vae, text, args, prompt, seed)
-            elif args.overlap:
-                pieces = overlapping_video(model, vae, text, args, prompt, seed)
-            else:
-                pieces = causal_video(model, vae, text, args, prompt, seed, init)
             with video_file(path, args) as write:
-                for piece in pieces:
+                for piece in video(model, vae, text, args, prompt, seed, init):
                     write(piece)
             seconds = time.perf_counter() - began
             print(f'{path}: {args.frames} frames at {args.width}x{args.height} in '

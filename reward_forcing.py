@@ -55,7 +55,7 @@ def load_reward(args, process, prompts):
     return load_function(args.reward, '--reward', 'imagereward')
 
 
-def past(text):
+def latent_past(text):
     """An argparse type: a number of latent frames, or all of them (-> None)."""
     return None if text == 'all' else whole(0)(text)
 
@@ -86,7 +86,7 @@ def parse_args(argv=None):
                    help='ImageReward\'s folder or hub repository')
     g.add_argument('--reward-frames', choices=['last', 'random', 'all'], default='last',
                    help='which frames it sees')
-    g.add_argument('--reward-past', type=past, default=2, metavar='N',
+    g.add_argument('--reward-past', type=latent_past, default=2, metavar='N',
                    help='through how many latent frames before a rewarded one the gradient '
                         'goes on in the decoder\'s memory; all: exact')
     g.add_argument('--exit-step', choices=['random', 'last'], default='random',
@@ -143,7 +143,8 @@ def train(args, process):
               generator=net, ema=ema, optimizer=optimizer)
 
     def seen(video, prompts):
-        return reward(video if args.reward_frames == 'all' else video[:, :, -1:], prompts)
+        frames = video if args.reward_frames == 'all' else video[:, :, -1:]
+        return checked_reward(reward, frames, prompts)
 
     def sample():
         with ema.swapped_in(net):

@@ -911,8 +911,9 @@ def rewarded_video(vae, latents, frames, past=None):
     rewarded one; what lies further back is a constant. None: through all of them, which is
     exact.
 
-    A few latent frames at a time are decoded under a checkpoint: what stays until the backward
-    pass is the memory before them (1.9 GB at 480x832 in bfloat16), not their activations.
+    Each latent frame (with gradient to all of them: every three) is decoded under a checkpoint
+    of its own: what stays until the backward pass is the memory before it (1.9 GB at 480x832
+    in bfloat16), not its activations.
     """
     where = {latent_frame(frame) for frame in frames}
     count = 1 + max(where)  # nothing after the last rewarded frame is needed
@@ -948,8 +949,8 @@ def rewarded_video(vae, latents, frames, past=None):
 
 def suits_onednn(x):
     """Whether x is float32 on a CPU where torch has oneDNN."""
-    return x.device.type == 'cpu' and x.dtype == torch.float32 and torch.backends.mkldnn.is_available(
-    )
+    plain = x.device.type == 'cpu' and x.dtype == torch.float32
+    return plain and torch.backends.mkldnn.is_available()
 
 
 class CausalConv3d(nn.Conv3d):
@@ -963,8 +964,10 @@ class CausalConv3d(nn.Conv3d):
         past = self.kernel_size[0] - 1
         if past:
             before = None if cache is None else cache.get(self)
-            x = F.pad(x, (0, 0, 0, 0, past,
-                          0)) if before is None else torch.cat([before, x], dim=2)
+            if before is None:  # a clip's start: zeros before it
+                x = F.pad(x, (0, 0, 0, 0, past, 0))
+            else:
+                x = torch.cat([before, x], dim=2)
             if cache is not None:
                 # a copy: a view would keep all of x alive
                 cache[self] = x[:, :, -past:].clone(memory_format=torch.channels_last_3d)
@@ -2943,8 +2946,8 @@ class Run:
     def __init__(self, stage, args, process, then, **parts):
         """then: commands to try with the result, whose file comes after them; said at the end
         of the run."""
-        self.then, self.args, self.process, self.parts, self.folder = then, args, process, parts, Path(
-            args.out)
+        self.then, self.args, self.process, self.parts = then, args, process, parts
+        self.folder = Path(args.out)
         self.state, self.log = self.folder / 'state.pt', self.folder / 'metrics.jsonl'
         self.step = self.saved = self.began = 0
         self.warned = False

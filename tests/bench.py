@@ -155,6 +155,7 @@ def generate(args, bench):
     chunks, tokens = chunk_sizes(shape[2], args.chunk), shape[3] * shape[4] // 4
     noise = torch.randn(shape, device=bench.device)
     context = torch.randn(args.batch, config.text_len, config.text_dim, device=bench.device, dtype=bench.dtype)
+    weights = sum(p.nbytes for p in model.parameters())
     if args.compile:
         model = generation.compile_for_inference(model, vae)
 
@@ -181,7 +182,6 @@ def generate(args, bench):
     whole, alone = bench.seconds(video, lambda: video(decode=False))
     memory = torch.cuda.max_memory_allocated() / 2 ** 30 if bench.cuda else None
 
-    weights = sum(p.nbytes for p in model.parameters())
     kept = 2 * config.num_layers * config.dim * tokens * args.batch * bench.dtype.itemsize  # of a latent frame
     operations, traffic, seen = 0, 0, 0
     for i, n in enumerate(chunks):
@@ -213,11 +213,12 @@ def generate(args, bench):
 def video(more):
     """Where the time of a real video of generate.py goes, whose flags are `more`: the second of two runs."""
     flags = generation.parse_args(more)
+    if flags.init:
+        sys.exit('error: --init is not measured: leave it out')
     (prompt, seed, path), *_ = generation.read_jobs(flags)
     flags.quiet = True
     with processes(flags.device) as process:
         model, vae, text = generation.load(flags, process)
-        make = generation.teacher_video if flags.timesteps is None else generation.causal_video
         generation.check_chunks(flags, 0)
         cuda, seconds = process.device.type == 'cuda', {}
 
@@ -239,7 +240,7 @@ def video(more):
             seconds.clear()
             began, marks = now(), []
             with generation.video_file(path, flags) as write:
-                for piece in make(model, vae, encode, flags, prompt, seed):
+                for piece in generation.video(model, vae, encode, flags, prompt, seed):
                     write(piece)
                     marks.append(now())
             seconds['total'] = now() - began
@@ -333,6 +334,8 @@ def train(args, more):
         for name in STAGES:
             line, out = miniature.STAGES[name][0], Path(folder) / name
             flags = ['--batch', str(args.batch), '--steps', str(steps), '--sample-every', '0', '--out', str(out)]
+            flags += [word for flag in ('device', 'dtype') if getattr(args, flag)
+                      for word in (f'--{flag}', getattr(args, flag))]
             if name == 'reward_cm':
                 flags += ['--prompts-per-step', '1', '--group', str(args.batch), '--chunk', str(args.chunk)]
                 flags += [] if args.init else ['--frames', str(PICTURE['tiny'][2])]  # as the tiny model's other stages
@@ -583,13 +586,15 @@ def flags(argv):
     verb('generate', 'where the time of a streamed video goes, and the limit', models, machine, repeats, sampling)
     verb('peers', 'the same work through diffusers\' Wan classes', models, machine, repeats, sampling)
     v = verb('video', 'a real video of generate.py, whose flags follow --')
-    v = verb('train', 'a step of every stage; flags of all stages may follow --', models, machine, repeats)
+    v = verb('train', 'a step of every stage; flags of all stages may follow --', machine, repeats)
+    v.add_argument('--batch', type=int, default=1, help='videos at once')
     v.add_argument('--chunk', type=int, default=3, help='latent frames per chunk of CM-GRPO')
     v.add_argument('--init', help='the causal generator to start from (default: the tiny model\'s)')
     v = verb('memory', 'peak memory of every stage on a GPU, simulated', models)
     v.add_argument('--gpus', type=int, nargs='+', default=[1], help='that share the models with --shard')
     v.add_argument('--only', default='', help='those whose name has a match of this')
-    v = verb('check', 'is everything right on this card, and how fast', models, machine, repeats, sampling)
+    v = verb('check', 'is everything right on this card, and how fast', machine, repeats)
+    v.set_defaults(height=None, width=None, frames=None, batch=1, chunk=3, compile=False)
     parts = ['correctness', 'stages', 'full', 'speed']
     v.add_argument('--parts', nargs='+', choices=parts, default=parts, help='which of its parts')
     v.add_argument('--only', default='', help='those whose name has a match of this')

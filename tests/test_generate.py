@@ -261,6 +261,21 @@ def test_compiling_without_a_compiler_is_refused(tmp_path):
     assert "Traceback" not in done.stderr and not any(tmp_path.iterdir())
 
 
+def test_what_stands_in_for_the_model_gives_a_rollout_its_cache():
+    """`Graphed` records on CUDA alone; what a rollout asks of it before that is the same everywhere."""
+    model = random_dit()
+    graphed = generate.Graphed(model)
+    cache = graphed.make_cache(1, 6, 16, 2, rolling=True)  # as `rollout` asks for it
+    assert (cache.frames, cache.tokens, cache.sink, cache.rolling) == (6, 16, 2, True)
+    assert graphed.make_cache(1, 6, 16, 2, rolling=True) is cache is not graphed.make_cache(1, 9, 16, 2, rolling=True)
+    noise, context = torch.randn(1, 16, 6, 8, 8), torch.randn(1, 8, 16)
+    with torch.no_grad():  # a ring is not recorded
+        ours, plain = (list(wc.rollout(net, noise, context, [1000.0, 500.0], [3, 3], window=3,
+                                       generator=wc.seeded(0))) for net in (graphed, model))
+    for a, b in zip(ours, plain):
+        torch.testing.assert_close(a.x0, b.x0)
+
+
 def test_help_needs_no_model():
     for script, words in (("generate.py", "--bidirectional"), ("ode_init.py", "{sample,train}")):
         done = run(script, "--help")

@@ -92,6 +92,7 @@ def test_readme_commands_parse():
 def test_the_front_page_is_short_and_leads_somewhere():
     """README.md is read in a few minutes; whatever either README shows or links to is there."""
     assert len((ROOT / "README.md").read_text().splitlines()) <= 265
+    assert not re.search(r"^[A-Z]{6,}$", "".join((ROOT / name).read_text() for name in READMES), re.MULTILINE)
     for name in READMES:
         folder, text = (ROOT / name).parent, (ROOT / name).read_text()
         for link in re.findall(r"\]\((?!http)([^)#]*)(?:#[^)]*)?\)", text):
