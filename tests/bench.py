@@ -567,6 +567,9 @@ def flags(argv):
 
     def models(v):
         v.add_argument('--size', choices=SIZES, default='tiny', help='of the random weights (default: tiny)')
+        videos(v)
+
+    def videos(v):
         v.add_argument('--height', type=int, help='pixels (default: the size\'s own)')
         v.add_argument('--width', type=int, help='pixels')
         v.add_argument('--frames', type=int, help='video frames, 1 + 4k')
@@ -593,8 +596,8 @@ def flags(argv):
     v = verb('memory', 'peak memory of every stage on a GPU, simulated', models)
     v.add_argument('--gpus', type=int, nargs='+', default=[1], help='that share the models with --shard')
     v.add_argument('--only', default='', help='those whose name has a match of this')
-    v = verb('check', 'is everything right on this card, and how fast', machine, repeats)
-    v.set_defaults(height=None, width=None, frames=None, batch=1, chunk=3, compile=False)
+    v = verb('check', 'is everything right on this card, and how fast', videos, machine, repeats)
+    v.set_defaults(chunk=3, compile=False)
     parts = ['correctness', 'stages', 'full', 'speed']
     v.add_argument('--parts', nargs='+', choices=parts, default=parts, help='which of its parts')
     v.add_argument('--only', default='', help='those whose name has a match of this')

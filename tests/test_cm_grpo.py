@@ -112,7 +112,7 @@ def test_lora_starts_as_the_model_and_folds_into_what_it_became(tmp_path):
         torch.testing.assert_close(net(x, t, context), after)
         ema = wc.EMA(net, 0.9)
         plain = random_dit(seed=1)
-        wc.load_exactly(plain, cm_grpo.merged(net, ema.average, 8.0), "merged")
+        wc.load_exactly(plain, cm_grpo.merged(net.state_dict(), ema.average, 8.0), "merged")
         torch.testing.assert_close(plain(x, t, context), after, atol=1e-4, rtol=1e-4)
         # the adapter alone, through the loader: into the generator that it names, whatever the model held
         wc.save_checkpoint(tmp_path / "start.safetensors", random_dit().state_dict(), kind="causal")

@@ -235,7 +235,7 @@ def contents(folder):
 
 def test_a_full_disk_leaves_the_state_before_it(trained):
     before = contents(trained)
-    assert set(before) == {"state.pt", "model.safetensors", "metrics.jsonl", ".lock"}
+    assert set(before) == {"state.pt", "model.safetensors", "metrics.jsonl", "settings.json", ".lock"}
     done = run(*RUN, "--steps", 2, "--out", trained, "--resume", limits={resource.RLIMIT_FSIZE: 30_000_000})
     assert error_of(done) == f"cannot write {trained / 'state.pt'}: no space left"
     after = contents(trained)
@@ -259,8 +259,9 @@ def test_one_run_in_one_folder(trained):
     before = contents(trained)
     done = run(*RUN, "--steps", 1, "--out", trained, "--resume")
     assert done.returncode == 0, done.stderr
-    assert {k: v for k, v in contents(trained).items() if k != "metrics.jsonl"} == \
-        {k: v for k, v in before.items() if k != "metrics.jsonl"}
+    told = ("metrics.jsonl", "settings.json")  # which a run writes anew when it is gone on with
+    assert {k: v for k, v in contents(trained).items() if k not in told} == \
+        {k: v for k, v in before.items() if k not in told}
 
 
 def test_a_result_is_not_written_over_where_the_state_is_gone(trained, tmp_path):
@@ -275,7 +276,7 @@ def test_a_result_is_not_written_over_where_the_state_is_gone(trained, tmp_path)
 def test_a_run_that_diverges_saves_nothing(tmp_path):
     done = run(*RUN, "--steps", 2, "--out", tmp_path, "--lr", 1e40)
     assert "the weights are not finite after step 1; no step was saved; try a lower --lr" in error_of(done)
-    assert set(contents(tmp_path)) == {"metrics.jsonl", ".lock"}
+    assert set(contents(tmp_path)) == {"metrics.jsonl", "settings.json", ".lock"}
 
 
 @pytest.fixture

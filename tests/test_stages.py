@@ -644,7 +644,7 @@ def test_frame_wise_and_first_steps_of_the_whole_path(tmp_path):
           for i, (file, more) in enumerate(((student, ["--bidirectional"]), (reward, []))))])
     for done in (*stages, shown, streamed):
         assert done.returncode == 0, done.stderr
-    assert "chunks of 1 latent frames" in stages[-1].stdout and "all frames at once" in shown.stdout
+    assert "chunks of 1 latent frame;" in stages[-1].stdout and "all frames at once" in shown.stdout
     for done in (shown, streamed):
         assert "timesteps 1000, 937.5, 833.333, 625" in done.stdout
 
