@@ -6,7 +6,7 @@
 
 Nothing is downloaded: weights are random, or those of tests/tiny and tests/golden. Every check is a row: pass or fail,
 and the figure that was seen. A failure does not stop the others. The rows also go to `--out` (gpu.json), and as
-Markdown, for the README, to the file beside it (gpu.md).
+Markdown, for tests/README.md, to the file beside it (gpu.md).
 
 A check is a function that returns either (error, bound), which passes when the error is no larger, or a sentence.
 """
