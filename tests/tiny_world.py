@@ -769,7 +769,7 @@ def generated_pairs(frames, scores, captions, count, random, margin=0.2):
     return pick(1), pick(2), [captions[i] for i in chosen[:, 0].tolist()]
 
 
-def judge(model, seen, prompts):
+def score_seen(model, seen, prompts):
     """The reward (B,) of images that its image encoder has seen (B, 1 + patches, C), which the probes look at too."""
     words = model.tokenizer(prompts, padding="max_length", truncation=True, max_length=model.text_len,
                             return_tensors="pt")
@@ -804,7 +804,7 @@ def train_reward(folder, out, steps, count):
         chosen_better, chosen_worse, same = generated_pairs(frames, scores, chosen, 16, random)
         images = clip_preprocess(torch.cat([better, chosen_better, worse, chosen_worse]), model.image_size)
         seen = model.vision(images).last_hidden_state
-        high, low = judge(model, seen, good + same + bad + same).chunk(2)
+        high, low = score_seen(model, seen, good + same + bad + same).chunk(2)
         loss = -torch.nn.functional.logsigmoid(high - low).mean() + 1e-3 * (high.square() + low.square()).mean() / 2
         for a in names:  # the image encoder must tell what it sees; without this the pairs teach it nothing for long
             label = torch.tensor([ATTRIBUTES[a].index(parse(c)[a]) for c in good])
