@@ -545,11 +545,11 @@ def video_file(path, args):
 
 # ----------------------------------------------------------------------------------------
 
-def load(args, process):
-    """The models that the flags name, on this process's device: (model, vae, text encoder).
-    What the flags leave to the checkpoint is filled in: args.timesteps (None: the teacher's
+def load(args, folder, process):
+    """The models in --model's folder and the weights that the flags name, on this process's
+    device: (model, vae, text encoder). What the flags leave to the checkpoint is filled in: args.timesteps (None: the teacher's
     solver) and args.chunk."""
-    folder, dtype = find_folder(args.model), compute_dtype(args, process.device)
+    dtype = compute_dtype(args, process.device)
     model, kind = load_dit(folder), 'bidirectional' if args.bidirectional else 'causal'
     metadata = load_checkpoint(model, args.weights, ema=not args.no_ema) if args.weights else {}
     require(metadata, args.weights, kind=kind)
@@ -620,12 +620,12 @@ def still_to_make(jobs, args, process):
 def main():
     args = parse_args()
     require_ffmpeg()
-    find_folder(args.model)  # what is not there is said first
+    folder = find_folder(args.model)  # what is not there is said first
     jobs = read_jobs(args)
     given = read_frames(args.init, args.height, args.width, args.frames) if args.init else None
     with processes(args.device) as process:
         args.quiet = process.quiet
-        model, vae, text = load(args, process)
+        model, vae, text = load(args, folder, process)
         say_cut(process, [prompt for prompt, *_ in jobs], text, 'the text encoder')
         init = None if given is None else vae.encode(given.to(process.device))
         check_chunks(args, 0 if init is None else init.shape[2])

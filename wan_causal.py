@@ -2327,6 +2327,11 @@ class Trajectories:
 # ----------------------------------------------------------------------------------------
 # Processes, seeds and errors, the same for every script
 
+def is_sharded(x):
+    """Whether x is a tensor of which this process holds a share."""
+    return hasattr(x, 'full_tensor')
+
+
 @dataclasses.dataclass
 class Process:
     """This process among those that torchrun started; alone it is rank 0 of 1."""
@@ -2398,7 +2403,7 @@ class Process:
         """Tensors nested in any way. What is sharded is gathered into rank 0's CPU memory, one
         tensor after the other (elsewhere: None); all processes have to call it."""
         def gathered(x):
-            if not hasattr(x, 'full_tensor'):
+            if not is_sharded(x):
                 return x
             x = x.full_tensor()
             return x.cpu() if self.rank == 0 else None
@@ -2918,7 +2923,7 @@ def cut_like(state, part):
     """A part's saved state, whole, in shares as the part itself is: a model's, an average's
     (name -> tensor), or an optimizer's."""
     def cut(x, like):
-        if not hasattr(like, 'full_tensor') or x.shape != like.shape:
+        if not is_sharded(like) or x.shape != like.shape:
             return x
         from torch.distributed.tensor import distribute_tensor
         return distribute_tensor(x.to(like.device), like.device_mesh, like.placements,
@@ -2950,7 +2955,7 @@ class Run:
         self.folder = Path(args.out)
         self.state, self.log = self.folder / 'state.pt', self.folder / 'metrics.jsonl'
         self.step = self.saved = self.began = 0
-        self.warned = False
+        self.lines, self.warned = [], False  # of the log, on rank 0
         settings = {k: v for k, v in vars(args).items() if k not in self.MAY_CHANGE}
         self.settings = {
             'stage': stage, 'samples per step': args.batch * args.accum * process.world,
@@ -2994,9 +2999,9 @@ class Run:
                              f'({type(error).__name__}: {first_line(error)}): give another '
                              '--out') from error
         if self.process.rank == 0:
-            kept = self.logged()
-            replace_file(self.log,
-                         lambda path: path.write_text(''.join(line + '\n' for line in kept)))
+            self.lines = self.logged()
+            text = ''.join(line + '\n' for line in self.lines)
+            replace_file(self.log, lambda path: path.write_text(text))
 
     def logged(self):
         """The log's lines up to the saved step, one for each; those after it are to come again."""
@@ -3026,7 +3031,7 @@ class Run:
         """Metrics (numbers or tensors), averaged over processes; what is not finite stops the
         run in words."""
         names = list(metrics)
-        metrics = {name: x.full_tensor() if hasattr(x, 'full_tensor') else x
+        metrics = {name: x.full_tensor() if is_sharded(x) else x
                    for name, x in metrics.items()}  # a norm of what is sharded
         values = torch.tensor([float(metrics[name]) for name in names],
                               device=self.process.device)
@@ -3046,20 +3051,19 @@ class Run:
         metrics = {'step': self.step, **metrics, 'seconds': time.perf_counter() - self.began,
                    'peak_gib': peak_memory(self.process.device)}
         if self.process.rank == 0:
+            line = json.dumps({k: float(f'{v:.6g}') for k, v in metrics.items()})
+            self.lines.append(line)
             with writing(self.log), open(self.log, 'a') as file:
-                file.write(
-                    json.dumps({k: float(f'{v:.6g}')
-                                for k, v in metrics.items()}) + '\n')
-            text = '  '.join(f'{k} {v:<10.4g}' for k, v in metrics.items()
-                             if k != 'step' and 'held_out' not in k)
-            tqdm.write(f'step {self.step:>6}  {text}', file=sys.stdout)
+                file.write(line + '\n')
+            shown = {k: v for k, v in metrics.items() if k != 'step' and 'held_out' not in k}
+            tqdm.write(f'step {self.step:>6}  {columns(shown)}', file=sys.stdout)
             self.warn_when_still()
             sys.stdout.flush()
 
     def warn_when_still(self):
         """A warning, once, when the motion in metrics.jsonl has fallen below --motion-alarm of
         what it was."""
-        start, last = mean_motion(self.log.read_text().splitlines())
+        start, last = mean_motion(self.lines)
         if not self.warned and last < self.args.motion_alarm * start:
             self.warned = True
             tqdm.write(f'warning: motion fell from {start:.4f} to {last:.4f}, and videos may '
@@ -3125,9 +3129,8 @@ class Run:
         sums = self.process.mean(sums)
         measured = {'held_out': (sums[1] / sums[2]).item()} if reward else {}
         measured['held_out_motion'] = (sums[0] / sums[2]).item()
-        text = '  '.join(f'{k} {v:<10.4g}' for k, v in measured.items())
         if self.process.rank == 0:
-            tqdm.write(f'sample {self.step:>4}  {text}  {folder}', file=sys.stdout)
+            tqdm.write(f'sample {self.step:>4}  {columns(measured)}  {folder}', file=sys.stdout)
         # a step's seconds are those of training alone
         self.began += time.perf_counter() - began
         return measured
@@ -3136,6 +3139,11 @@ class Run:
 def file_name(prompt):
     """The words of a prompt as the name of a file."""
     return re.sub(r'\W+', '_', prompt).strip('_')[:60] or 'video'
+
+
+def columns(metrics):
+    """{name: number} as columns of one width, whatever the numbers are."""
+    return '  '.join(f'{name} {value:<10.4g}' for name, value in metrics.items())
 
 
 def mean_motion(lines, count=10):

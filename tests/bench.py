@@ -45,7 +45,7 @@ import ode_init  # noqa: E402
 import reward_forcing  # noqa: E402
 from wan_causal import (  # noqa: E402
     CONFIGS, UMT5_XXL, ImageReward, Process, WanConfig, WanModel, WanVAE, block_causal, chunk_sizes,
-    compute_dtype, dit_diffusers_key, latent_frames, peak_memory, processes, rollout, to_frames,
+    compute_dtype, dit_diffusers_key, find_folder, latent_frames, peak_memory, processes, rollout, to_frames,
     vae_diffusers_key, warped_steps)
 
 SIZES = {**CONFIGS, 'middle': WanConfig(dim=512, ffn_dim=2048, num_heads=8, num_layers=8, text_dim=64, text_len=32)}
@@ -218,7 +218,7 @@ def video(more):
     (prompt, seed, path), *_ = generation.read_jobs(flags)
     flags.quiet = True
     with processes(flags.device) as process:
-        model, vae, text = generation.load(flags, process)
+        model, vae, text = generation.load(flags, find_folder(flags.model), process)
         generation.check_chunks(flags, 0)
         cuda, seconds = process.device.type == 'cuda', {}
 
@@ -264,7 +264,6 @@ def peers(args, bench):
     config = SIZES[args.size]
     model, vae = make_models(args.size, bench)
     h, w, _ = picture(args)
-    tokens = h * w // 256
     theirs = WanTransformer3DModel(
         num_attention_heads=config.num_heads, attention_head_dim=config.dim // config.num_heads,
         text_dim=config.text_dim, freq_dim=config.freq_dim, ffn_dim=config.ffn_dim, num_layers=config.num_layers)

@@ -82,6 +82,13 @@ def frames_apart(a, b):
     return abs(a.astype(float) - b).mean() if a.shape == b.shape else np.inf
 
 
+def weights_apart(a, b, start):
+    """How far two runs' weights (state dicts, LoRA's parts among them) are from each other, in parts of how far the first
+    has come from the model's state dict `start`; LoRA's B starts at zero."""
+    moved = torch.cat([(a[k] - start.get(k, 0)).flatten() for k in a if k in start or ".lora_B." in k]).norm()
+    return (torch.cat([(a[k] - b[k]).flatten() for k in a]).norm() / moved).item()
+
+
 def without_gpu(env):
     """The environment of a script, with the variables `env` on top."""
     return {**os.environ, "CUDA_VISIBLE_DEVICES": "", **(env or {})}

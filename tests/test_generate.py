@@ -54,7 +54,7 @@ def test_causal_streaming_and_its_flags(tmp_path, causal):
 
 def test_a_chunk_is_decoded_before_the_next_one_is_made(causal):
     args = generate.parse_args([PROMPT, "--checkpoint", str(causal), "--frames", "33"])
-    model, vae, text = generate.load(args, wc.Process(0, 1, torch.device("cpu")))
+    model, vae, text = generate.load(args, wc.find_folder(args.model), wc.Process(0, 1, torch.device("cpu")))
     forwards = []
     model.register_forward_hook(lambda *_: forwards.append(1))
     with torch.no_grad():

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import ROOT, python, run, torchrun, without_gpu
+from conftest import ROOT, python, run, torchrun, weights_apart, without_gpu
 
 import wan_causal as wc
 
@@ -30,9 +30,7 @@ def apart(a, b):
     a, b = trained(a), trained(b)
     start = wc.load_dit(TINY)
     wc.load_checkpoint(start, TINY / "ode.safetensors")
-    start = start.state_dict()
-    moved = torch.cat([(a[k] - start.get(k, 0)).flatten() for k in a if k in start or ".lora_B." in k]).norm()
-    return (torch.cat([(a[k] - b[k]).flatten() for k in a]).norm() / moved).item()
+    return weights_apart(a, b, start.state_dict())
 
 
 @pytest.mark.parametrize("stage", STAGES)
