@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import resource
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -143,11 +144,31 @@ def torchrun(processes, *args, **kwargs):
     return python("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *args, **kwargs)
 
 
-def alone_and_under_torchrun(args, one, two):
-    """A script with the flags `one` in one process and, at the same time, with `two` in two: both as `run` returns."""
+def free_port():
+    """A port that nobody listens on just now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def ranks(processes, *args, env=None):
+    """The same in several processes with the variables that torchrun sets, but forked as in `run`: a tenth of the time.
+    Their messages are together, the first rank's first."""
+    world = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+             "OMP_NUM_THREADS": "1", **(env or {})}
+    with ThreadPoolExecutor(processes) as side_by_side:
+        done = list(side_by_side.map(lambda rank: run(*args, env={**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}),
+                                     range(processes)))
+    return subprocess.CompletedProcess(args, max((p.returncode for p in done), key=abs),
+                                       *("".join(texts) for texts in zip(*((p.stdout, p.stderr) for p in done))))
+
+
+def alone_and_together(args, one, two, start=ranks):
+    """A script with the flags `one` in one process and, at the same time, with `two` in two: both as `run` returns.
+    start: `ranks` or `torchrun`."""
     with ThreadPoolExecutor() as side_by_side:
         alone = side_by_side.submit(run, *args, *one)
-        together = torchrun(2, *args, *two)
+        together = start(2, *args, *two)
     return alone.result(), together
 
 

@@ -5,14 +5,17 @@
     python tests/miniature.py --fast            # every stage for a few steps: shows that it runs, proves nothing
     python tests/miniature.py --draw tests/tiny # no runs: the tables and pictures again, of the figures kept there
 
-Each stage leaves RUNS/<name>-<seed>/model.safetensors; what it shows of held-out captions goes to RUNS/results.json and
-RUNS/drift.json (`tests/tiny_world.py compare` and `drift`), the rewards during CM-GRPO to RUNS/curves.json. At the end
-the tables and the papers' claims are printed, and drawn: claims.png, curves.png, generators.mp4 (a row for each run).
+Each stage leaves RUNS/<name>-<seed>/model.safetensors; what it shows of held-out captions goes to RUNS/measured
+(`tests/tiny_world.py compare` and `over_time`), all of that together to RUNS/figures.safetensors, and the rewards during
+CM-GRPO to RUNS/curves.json. At the end the tables and the papers' claims are printed, and drawn: claims.png, over_time.png,
+trades.png, curves.png, generators.mp4 (a row for each run). How a claim is decided: RULE below.
 """
 import argparse
+import itertools
 import json
+import math
 import os
-import statistics
+import re
 import subprocess
 import sys
 import threading
@@ -22,176 +25,365 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure  # here, so that it is missed before the hours of running, not after
 from matplotlib.patches import Patch
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 import tiny_world  # noqa: E402
 
-# run: (script and flags, the runs whose weights it starts from, seeds without --seeds: two of the papers' own methods,
-# for a spread). {data} is the folder of the trajectories. What all share is in tests/tiny/defaults.json.
+# run: (script and flags, the run whose weights it starts from, seeds without --seeds: four of what a claim compares).
+# Seed s starts from its start's seed s. {data} is the folder of the trajectories. What all share is in
+# tests/tiny/defaults.json; *_frame: chunks of one latent frame, in every stage from ode_frame on.
+CAUSAL = 'distill_dmd.py --student causal --history'
 STAGES = {
     'student': ('distill_dmd.py', None, 1),
-    'ode': ('ode_init.py train --data {data}', 'student', 1),
-    'reward': ('reward_forcing.py --keep-every 50', 'ode', 2),
-    'reward_random': ('reward_forcing.py --reward-frames random', 'ode', 1),
-    'reward_all': ('reward_forcing.py --reward-frames all --batch 2', 'ode', 1),  # 57 decoded frames each cost enough
-    'raven': ('distill_dmd.py --student causal --history raven', 'ode', 2),
-    'self_forcing': ('distill_dmd.py --student causal --history self-forcing', 'ode', 1),
-    'causvid': ('distill_dmd.py --student causal --history diffusion-forcing --data {data}', 'ode', 1),
-    'teacher_forcing': ('distill_dmd.py --student causal --history teacher-forcing --data {data}', 'ode', 1),
-    'raven_uniform': ('distill_dmd.py --student causal --history raven --chunk-weight-shift 0', 'ode', 1),
-    'distill_reward': ('distill_dmd.py --student causal --history self-forcing --reward-weight 1', 'ode', 1),
-    'raven_cm': ('cm_grpo.py --steps 180 --save-every 45 --keep-every 45', 'raven', 2),
-    'reward_cm': ('cm_grpo.py', 'reward', 1),
-    'reward_em': ('cm_grpo.py --policy em', 'reward', 1),
+    'ode': ('ode_init.py train --data {data}', 'student', 4),
+    'ode_frame': ('ode_init.py train --data {data} --chunk 1', 'student', 4),
+    'reward': ('reward_forcing.py --keep-every 50', 'ode', 4),
+    'reward_frame': ('reward_forcing.py', 'ode_frame', 4),
+    'raven': (f'{CAUSAL} raven', 'ode', 4),
+    'raven_frame': (f'{CAUSAL} raven', 'ode_frame', 4),
+    'self_forcing': (f'{CAUSAL} self-forcing', 'ode', 4),
+    'self_forcing_frame': (f'{CAUSAL} self-forcing', 'ode_frame', 4),
+    'causvid': (f'{CAUSAL} diffusion-forcing --data {{data}}', 'ode', 4),
+    'causvid_frame': (f'{CAUSAL} diffusion-forcing --data {{data}}', 'ode_frame', 4),
+    'raven_cm': ('cm_grpo.py', 'raven_frame', 4),
+    'reward_cm': ('cm_grpo.py', 'reward_frame', 4),
+    'reward_em': ('cm_grpo.py --policy em', 'reward_frame', 4),
+    'raven_uniform': (f'{CAUSAL} raven --chunk-weight-shift 0', 'ode', 4),
+    'distill_reward': (f'{CAUSAL} self-forcing --reward-weight 1', 'ode', 4),
+    'reward_random': ('reward_forcing.py --reward-frames random --keep-every 50', 'ode', 4),
+    'reward_all': ('reward_forcing.py --reward-frames all --batch 2 --keep-every 50', 'ode', 4),  # 57 frames cost enough
+    'reward_exact': ('reward_forcing.py --reward-past all --keep-every 50', 'ode', 1),
+    'reward_random_exact': ('reward_forcing.py --reward-frames random --reward-past all --keep-every 50', 'ode', 1),
+    'teacher_forcing': (f'{CAUSAL} teacher-forcing --data {{data}}', 'ode', 1),
 }
-ONCE = ('student', 'ode')  # whatever --seeds says: all others start from them
-KEPT = {'reward': (50, 100), 'raven_cm': (45,)}  # are also measured as they were after these steps
-FRAME_WISE = ('raven', 'reward')  # are also measured with chunks of one latent frame, as CM-GRPO trains them here
-LONG = ('ode', 'reward', 'raven', 'self_forcing', 'causvid', 'teacher_forcing', 'raven_uniform', 'distill_reward')
-# LONG are also measured over rollouts three times as long as in training.
+KEPT = (50, 100, 150)  # what has --keep-every is also measured as it was after these steps
+COUNT, COUNT_KEPT, COUNT_LONG = 500, 100, 40  # samples of a generator, of one on its way, and over time
+LONG = 90  # latent frames of a rollout over time: six times the trained length
 
-CLAIMS = [  # what the papers say: (words, left figure, right figure, factor): left > factor x right
-    ('ODE only has the motion (4-step student)', 'ode path', 'student path', 0.9),
-    ('ODE only lacks the texture', 'student texture_correlation', 'ode texture_correlation', 1),
-    ('reward forcing brings the texture', 'reward texture_correlation', 'ode texture_correlation', 1),
-    ('reward forcing raises the reward of all frames', 'reward reward', 'ode reward', 1),
-    ('reward forcing keeps the motion', 'reward path', 'ode path', 0.9),
-    ('a random frame instead of the last one costs motion', 'reward path', 'reward_random path', 1),
-    ('all frames cost motion', 'reward path', 'reward_all path', 1),
-    ('reward forcing beats reward + distillation', 'reward reward', 'distill_reward reward', 1),
-    ('RAVEN is better than Self Forcing', 'raven reward', 'self_forcing reward', 1),
-    ('also late in a long video (our question: the paper has none)', 'raven last_reward', 'self_forcing last_reward', 1),
-    ('Self Forcing is better than CausVid', 'self_forcing reward', 'causvid reward', 1),
-    ('later chunks weighted more help', 'raven last_reward', 'raven_uniform last_reward', 1),
-    ('CM-GRPO raises the reward of RAVEN', 'raven_cm reward', 'raven_chunk1 reward', 1),
-    ('CM-GRPO raises the reward of reward forcing', 'reward_cm reward', 'reward_chunk1 reward', 1),
-    ('CM-GRPO keeps the motion', 'raven_cm path', 'raven_chunk1 path', 0.9),
-    ('the consistency kernel learns more than Euler-Maruyama', 'reward_cm reward', 'reward_em reward', 1),
+# What the papers say: (words, left run, right run, measurement, what is claimed of left and right, the paper's figure).
+# VBench: total score, or its dynamic degree; VLM: RAVEN's judge of motion. RF: Reward-Forcing.
+CLAIMS = [
+    ('ODE only has the motion', 'ode', 'student', 'path', 'keeps', 'RF: figure 3, no number'),
+    ('ODE only lacks the texture', 'student', 'ode', 'texture_correlation', 'more', 'RF, VBench: ODE only 68.77'),
+    ('reward forcing brings the texture', 'reward', 'ode', 'texture_correlation', 'more', 'RF, VBench: 84.92 against 68.77'),
+    ('the same frame by frame', 'reward_frame', 'ode_frame', 'texture_correlation', 'more', 'RF: –'),
+    ('reward forcing raises the reward of all frames', 'reward', 'ode', 'reward', 'more', 'RF: –'),
+    ('the same frame by frame', 'reward_frame', 'ode_frame', 'reward', 'more', 'RF: –'),
+    ('reward forcing keeps the motion', 'reward', 'ode', 'path', 'keeps', 'RF, dynamic degree: 81.94, Self Forcing 72.22'),
+    ('the same frame by frame', 'reward_frame', 'ode_frame', 'path', 'keeps', 'RF: –'),
+    ('a random frame instead of the last one costs motion', 'reward', 'reward_random', 'path', 'more',
+     'RF: dynamic degree falls by more than 10 points'),
+    ('all frames cost motion', 'reward', 'reward_all', 'path', 'more', 'RF: "static content", no number'),
+    ('reward forcing beats reward + distillation', 'reward', 'distill_reward', 'reward', 'more',
+     'RF, VBench: 84.92 against 82.55'),
+    ('RAVEN is better than Self Forcing', 'raven', 'self_forcing', 'reward', 'more', 'RAVEN, VBench: 85.15 against 84.27'),
+    ('the same frame by frame', 'raven_frame', 'self_forcing_frame', 'reward', 'more', 'RAVEN: –'),
+    ('RAVEN moves more than Self Forcing', 'raven', 'self_forcing', 'path', 'more', 'RAVEN, VLM: 2.951 against 2.543'),
+    ('the same frame by frame', 'raven_frame', 'self_forcing_frame', 'path', 'more', 'RAVEN: –'),
+    ('RAVEN is better late in a long video', 'raven', 'self_forcing', 'late_reward', 'more', 'our question: RAVEN has no number'),
+    ('the same frame by frame', 'raven_frame', 'self_forcing_frame', 'late_reward', 'more', 'our question'),
+    ('Self Forcing is better than CausVid', 'self_forcing', 'causvid', 'reward', 'more', 'RF, VBench: 84.31 against 81.20'),
+    ('the same frame by frame', 'self_forcing_frame', 'causvid_frame', 'reward', 'more', 'RF, VBench: 84.26 against 81.20'),
+    ('Self Forcing frame by frame is as good as in chunks', 'self_forcing_frame', 'self_forcing', 'reward', 'keeps',
+     'RF, VBench: 84.26 against 84.31'),
+    ('later chunks weighted more help', 'raven', 'raven_uniform', 'reward', 'more', 'RAVEN, VBench: 85.15 against 83.82'),
+    ('CM-GRPO raises the reward of RAVEN', 'raven_cm', 'raven_frame', 'reward', 'more', 'RAVEN, VBench: 85.46 against 85.15'),
+    ('CM-GRPO raises the reward of reward forcing', 'reward_cm', 'reward_frame', 'reward', 'more',
+     'our question (RAVEN: Causal Forcing 85.08, 84.96 before)'),
+    ('CM-GRPO keeps the motion', 'raven_cm', 'raven_frame', 'path', 'keeps', 'RAVEN, VLM: 2.962 against 2.951'),
+    ('the consistency kernel learns more than Euler-Maruyama', 'reward_cm', 'reward_em', 'reward', 'more',
+     'RAVEN, VBench: 85.46 against 85.03 to 85.27'),
 ]
+RULE = """\
+Written before the runs. Difference: left minus right, the mean over seeds and samples; every generator has the same captions
+and noise. Its interval, 95 %: t sqrt(s^2 (1/n + 1/m) + v), with n and m seeds; s the standard deviation of a measurement
+over the seeds of a run, pooled over all runs, which give t its degrees of freedom; v the variance of the mean over captions
+of the difference caption by caption, itself the mean over seeds. A size that matters, for each measurement: half of what
+ODE only lacks to the teacher (mean of chunk-wise and frame by frame), and nothing else. "more" is yes above 0, no below;
+"keeps" is yes above minus that size, no below. Where the interval holds both, it is an answer if it reaches no further than
+that size to either side of its middle: no difference larger than what it reaches to. Else it is unclear."""
+WORDS = {'path': 'pixels per frame', 'reward': 'reward', 'texture_correlation': 'texture correlation',
+         'flicker': 'flicker', 'late_reward': 'reward, late'}  # of the measurements
+COLOURS = {'yes': '#2a8f4a', 'alike': '#1f6fb4', 'no': '#d1541f', 'unclear': '#999999'}  # of a verdict
+VERDICTS = {'yes': 'yes', 'alike': 'no difference larger than what the line reaches to', 'no': 'no', 'unclear': 'unclear'}
 
 
-def claims(runs):
-    """Of each claim what was measured: (words, left figure, its values over the seeds, right figure, its values,
-    factor, spread, verdict). spread: the largest standard deviation of that measurement over the seeds of any run; a
-    smaller difference is unclear, and so is every one while no run has two seeds (spread None)."""
-    files = [json.loads(f.read_text()) if f.exists() else {} for f in (runs / 'results.json', runs / 'drift.json')]
-    results, drift = map(tiny_world.by_run, files)
+# ------------------------------------------------------------------------------------------ figures and verdicts
 
-    def figures(figure):  # 'run measurement' -> its values over the seeds that are there, and its spread
-        run, key = figure.split()
-        measured = drift if key.startswith('last_') else results
-        values = {name: [row[key] for row in rows] for name, rows in measured.items() if key in rows[0]}
-        return values.get(run, []), max((statistics.stdev(v) for v in values.values() if len(v) > 1), default=None)
-    for words, left, right, factor in CLAIMS:
-        (a, spread), (b, _) = figures(left), figures(right)
-        if a and b:
-            gap = statistics.mean(a) - factor * statistics.mean(b)
-            verdict = 'unclear' if spread is None or abs(gap) < spread else 'yes' if gap > 0 else 'no'
-            yield words, left, a, right, b, factor, spread, verdict
+def gather(runs):
+    """All that was measured (RUNS/measured) in one file, RUNS/figures.safetensors: <label>/<measurement>."""
+    together = {f'{file.name.split(".")[0]}/{key}': value for file in sorted((runs / 'measured').glob('*.safetensors'))
+                for key, value in load_file(file).items()}
+    save_file(together, runs / 'figures.safetensors')
 
 
-def claims_table(runs):
+def read_figures(folder):
+    """{run: {measurement: {seed: a number for each sample, or each latent frame}}} of a folder's figures.safetensors."""
+    figures = {}
+    file = folder / 'figures.safetensors'
+    for key, value in load_file(file).items() if file.exists() else ():
+        run, seed, measurement = re.fullmatch(r'(.+?)(?:-(\d+))?/(\w+)', key).groups()
+        figures.setdefault(run, {}).setdefault(measurement, {})[int(seed or 0)] = value.float()
+    return figures
+
+
+def over_seeds(figures, run, measurement):
+    """The means over all samples of a run's seeds, (seeds,)."""
+    return torch.stack([samples.mean() for samples in figures[run][measurement].values()])
+
+
+def pooled_spread(figures, measurement):
+    """(standard deviation of a measurement over the seeds of a run, pooled over all runs; its degrees of freedom)."""
+    runs = [over_seeds(figures, run, measurement) for run in STAGES if measurement in figures.get(run, {})]
+    freedom = sum(len(values) - 1 for values in runs)
+    squares = sum(float((values - values.mean()).square().sum()) for values in runs)
+    return (squares / freedom) ** 0.5 if freedom else math.inf, freedom
+
+
+def t_quantile(share, freedom):
+    """Student's t with so many degrees of freedom: the value below which this share lies."""
+    # t = sqrt(freedom) tan(angle), where an angle's density is as cos^(freedom - 1)
+    angle = torch.linspace(-math.pi / 2, math.pi / 2, 100_001, dtype=torch.float64)
+    density = angle.cos().clamp(min=0) ** (freedom - 1)
+    below = density.cumsum(0) / density.sum()
+    return freedom ** 0.5 * math.tan(angle[torch.searchsorted(below, share)])
+
+
+def caption_variance(difference):
+    """The variance of the mean of differences (samples,), captions taken at random: the samples of a caption, every
+    200th, are averaged first."""
+    each = torch.stack([difference[i::200].mean() for i in range(min(200, len(difference)))])
+    return float(each.var()) / len(each)
+
+
+def size_that_matters(figures, measurement):
+    """Half of the teacher's distance to ODE only, the mean of its two families; None while these were not measured."""
+    measurement = measurement.removeprefix('late_')
+    if not all(run in figures for run in ('teacher', 'ode', 'ode_frame')):
+        return None
+    means = {run: over_seeds(figures, run, measurement).mean() for run in ('teacher', 'ode', 'ode_frame')}
+    return float(sum(abs(means['teacher'] - means[run]) for run in ('ode', 'ode_frame'))) / 4
+
+
+def judge(gap, half, size, kind):
+    """RULE's verdict of a difference and half of its interval's width."""
+    border = -size if kind == 'keeps' else 0
+    if abs(gap - border) > half:
+        return 'yes' if gap > border else 'no'
+    return 'alike' if half <= size else 'unclear'
+
+
+def claims(figures):
+    """Of each claim whose runs are there: a dict of its words and of what RULE makes of it."""
+    for words, left, right, measurement, kind, paper in CLAIMS:
+        size = size_that_matters(figures, measurement)
+        if size is None or not all(measurement in figures.get(run, {}) for run in (left, right)):
+            continue
+        ours, theirs = (over_seeds(figures, run, measurement) for run in (left, right))
+        samples = [torch.stack(list(figures[run][measurement].values())).mean(0) for run in (left, right)]
+        gap = float(ours.mean() - theirs.mean())
+        spread, freedom = pooled_spread(figures, measurement)
+        half = math.inf
+        if freedom:
+            variance = spread ** 2 * (1 / len(ours) + 1 / len(theirs)) + caption_variance(samples[0] - samples[1])
+            half = t_quantile(0.975, freedom) * variance ** 0.5
+        yield dict(words=words, left=left, right=right, measurement=measurement, kind=kind, paper=paper, gap=gap,
+                   ours=float(ours.mean()), theirs=float(theirs.mean()), seeds=(len(ours), len(theirs)), half=half,
+                   size=size, verdict=judge(gap, half, size, kind))
+
+
+def verdict_words(claim):
+    """A claim's verdict, the bound with it where there is one."""
+    if claim['verdict'] != 'alike':
+        return claim['verdict']
+    return f'no difference larger than {abs(claim["gap"]) + claim["half"]:.2f}'
+
+
+def claims_table(figures):
     """The papers' claims beside what was measured, as Markdown."""
-    lines = ['| the papers say | measured | holds |', '|---|---|---|']
-    for words, left, a, right, b, factor, spread, verdict in claims(runs):
-        times = '' if factor == 1 else f'{factor} × '
-        known = 'no spread' if spread is None else f'spread {spread:.2f}'
-        lines.append(f'| {words} | {left} {statistics.mean(a):.2f} against {times}{right} {statistics.mean(b):.2f} '
-                     f'({known}, {len(a)} and {len(b)} seeds) | {verdict} |')
+    lines = ['| the papers say | their figure | measured here | difference | size that matters | seeds | holds |',
+             '|---|---|---|---|---|---|---|']
+    for c in claims(figures):
+        lines.append(f'| {c["words"]} | {c["paper"]} | {WORDS[c["measurement"]]}: {tiny_world.WORDS[c["left"]]} '
+                     f'{c["ours"]:.2f}, {tiny_world.WORDS[c["right"]]} {c["theirs"]:.2f} | {c["gap"]:+.2f} ± '
+                     f'{c["half"]:.2f} | {c["size"]:.2f} | {c["seeds"][0]}, {c["seeds"][1]} | {verdict_words(c)} |')
     return '\n'.join(lines)
 
 
-COLOURS = {'yes': '#2a8f4a', 'unclear': '#999999', 'no': '#d1541f'}  # of a verdict
-VERDICTS = {'yes': 'holds', 'unclear': 'is unclear: less than the spread', 'no': 'does not hold'}
-WINDOW = 20  # steps that each point of a curve is the mean of
-MEASURES = {'path': 'pixels per frame', 'reward': 'reward', 'texture_correlation': 'texture correlation',
-            'last_reward': 'reward, last third'}
+RESULTS = {'reward_last': 'reward, last frame', 'reward': 'reward, all', 'colour': 'colour, %', 'shape': 'shape, %',
+           'texture': 'texture, %', 'texture_correlation': 'texture correlation', 'motion': 'motion, %',
+           'path': 'px per frame', 'flicker': 'flicker', 'late_reward': 'reward, late', 'late_path': 'px per frame, late'}
 
 
-def claim_bars(rows):
-    """`claims` as what is drawn of them: [(words, what is compared, bar, half its interval, both figures, verdict)].
+def results_table(figures):
+    """All runs as a Markdown table: means over seeds, and their standard deviation."""
+    lines = ['| run | seeds | ' + ' | '.join(RESULTS.values()) + ' |', '|---' * (len(RESULTS) + 2) + '|']
+    for run in ('teacher', *STAGES):
+        if 'reward' not in figures.get(run, {}):
+            continue
+        cells = []
+        for key, title in RESULTS.items():
+            if key not in figures[run] or (run == 'teacher' and key.startswith('late')):
+                cells.append('–')
+                continue
+            values, digits = over_seeds(figures, run, key), 2
+            if '%' in title:
+                values, digits = 100 * values, 1
+            some = f' ± {values.std():.{digits}f}' if len(values) > 1 else ''
+            cells.append(f'{values.mean():.{digits}f}{some}')
+        lines.append(f'| {run} | {len(figures[run]["reward"])} | ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines)
 
-    The bar is by how much the left figure is above what it is compared with, as a share of that, and at most from -1 to
-    1.5; its interval is the spread to either side.
-    """
-    bars = []
-    for words, left, a, right, b, factor, spread, verdict in rows:
-        (run, measure), (other, _) = left.split(), right.split()
-        compared = f'{MEASURES[measure]}: {tiny_world.WORDS[run]} against {tiny_world.WORDS[other]}'
-        ours, theirs = statistics.mean(a), statistics.mean(b)
-        unit, times = abs(factor * theirs) or 1, '' if factor == 1 else f'{factor} × '
-        bars.append((words, compared, max(-1, min((ours - factor * theirs) / unit, 1.5)), (spread or 0) / unit,
-                     f'{ours:.2f} against {times}{theirs:.2f}', verdict))
-    return bars
+
+# ------------------------------------------------------------------------------------------ pictures
+
+def new_figure(width, height, *grid, **how):
+    """A figure of so many pixels / 100 and its axes, without the lines above and to the right."""
+    figure = Figure(figsize=(width, height), dpi=100, layout='constrained')
+    axes = figure.subplots(*grid, squeeze=False, **how)
+    for some in axes.flat:
+        some.spines[['top', 'right']].set_visible(False)
+        some.grid(color='#dddddd')
+        some.set_axisbelow(True)
+    return figure, axes
 
 
-def draw_claims(path, bars):
-    """`claim_bars` as a picture: each claim and what is compared for it, a bar from the line of no difference, and at
-    its end both figures."""
-    figure = Figure(figsize=(10, 1.2 + 0.42 * len(bars)), dpi=100, layout='constrained')
-    axes = figure.subplots()
-    for place, (words, compared, length, error, figures, verdict) in enumerate(bars):
-        axes.barh(place, length, 0.6, color=COLOURS[verdict])
-        axes.errorbar(length, place, xerr=error, ecolor='black', elinewidth=1, capsize=2)
-        axes.text(max(0, length + error) + 0.02, place, figures, va='center', fontsize=10)
-        for text, side, style in ((words, 'bottom', {'fontsize': 10}),
+def draw_claims(path, rows):
+    """`claims` as a picture: each difference as a point in its interval, in sizes that matter."""
+    figure, ((axes,),) = new_figure(11, 1.4 + 0.4 * len(rows), 1, 1)
+    axes.axvspan(-1, 1, color='#f0f0f0')
+    axes.axvline(0, color='black', linewidth=1)
+    for place, c in enumerate(rows):
+        gap, half = (max(-6, min(c[key] / c['size'], 6)) for key in ('gap', 'half'))
+        axes.errorbar(gap, place, xerr=half, color=COLOURS[c['verdict']], fmt='o', elinewidth=3)
+        if c['kind'] == 'keeps':
+            axes.plot([-1, -1], [place - 0.4, place + 0.4], color='black', linewidth=1)
+        compared = f'{WORDS[c["measurement"]]}: {tiny_world.WORDS[c["left"]]} against {tiny_world.WORDS[c["right"]]}'
+        for text, side, style in ((c['words'], 'bottom', {'fontsize': 10}),
                                   (compared, 'top', {'fontsize': 8, 'color': '#666666'})):
             axes.text(-0.01, place, text, ha='right', va=side, transform=axes.get_yaxis_transform(), **style)
-    low, high = (f(0, *(f(b[2] - b[3], b[2] + b[3]) for b in bars)) for f in (min, max))
-    axes.set_xlim(low - 0.05, high + 0.45)  # room for the figures
-    axes.set_xticks([share / 4 for share in range(-4, 7) if low <= share / 4 <= high])
-    axes.xaxis.set_major_formatter(lambda share, _: f'{100 * share:+.0f} %' if share else 'equal')
-    axes.set_ylim(len(bars) - 0.4, -0.6)  # the first claim on top
+        axes.text(1.01, place, f'{c["ours"]:.2f} − {c["theirs"]:.2f}', va='center', fontsize=9,
+                  transform=axes.get_yaxis_transform())
+    axes.set_xlim(-6, 6)
+    axes.set_ylim(len(rows) - 0.4, -0.6)  # the first claim on top
     axes.set_yticks([])
-    axes.axvline(0, color='black', linewidth=1)
-    axes.spines[['top', 'right', 'left']].set_visible(False)
-    figure.supxlabel('bar: how much larger the first is than the second; line: the spread over seeds', fontsize=10)
-    figure.legend([Patch(color=colour) for colour in COLOURS.values()],
-                  [f'the claim {VERDICTS[verdict]}' for verdict in COLOURS],
-                  loc='outside upper center', ncols=3, frameon=False)
+    axes.spines['left'].set_visible(False)
+    axes.set_xlabel('difference and its 95 % interval, in sizes that matter (grey: less than one;\n'
+                    'a short black line: what "keeps" has to stay above)')
+    figure.legend([Patch(color=colour) for colour in COLOURS.values()], VERDICTS.values(),
+                  loc='outside upper center', ncols=4, frameon=False)
+    figure.savefig(path)
+    return figure
+
+
+FAMILIES = {'chunks of three latent frames': '', 'frame by frame': '_frame'}
+METHODS = {'ode': '#999999', 'causvid': '#8a4fb0', 'self_forcing': '#1f6fb4', 'raven': '#2a8f4a', 'reward': '#d1541f'}
+
+
+def draw_over_time(path, figures, window=5):
+    """Each measurement by latent frame, to six times the trained length: a row each, and a column for each family. Lines
+    are means over captions, seeds and `window` latent frames; dashed: the teacher, over its own length."""
+    figure, axes = new_figure(11, 11, len(tiny_world.OVER_TIME), 2, sharex=True, sharey='row')
+    for row, key in zip(axes, tiny_world.OVER_TIME):
+        for some, (title, family) in zip(row, FAMILIES.items()):
+            for method, colour in METHODS.items():
+                curves = figures.get(method + family, {}).get(f'time_{key}')
+                if curves:
+                    line = torch.stack(list(curves.values())).mean(0).unfold(0, window, 1).mean(1)
+                    some.plot(torch.arange(len(line)) + 1 + window // 2, line, color=colour,
+                              label=tiny_world.WORDS[method])
+            if 'time_' + key in figures.get('teacher', {}):
+                some.axhline(float(figures['teacher']['time_' + key][0].mean()), color='black', linestyle='--',
+                             linewidth=1, label='teacher, at its own length')
+            for times in (1, 3):
+                some.axvline(15 * times, color='black', linewidth=0.5)
+            some.set_title(f'{WORDS[key]}, {title}', fontsize=10)
+    for some in axes[-1]:
+        some.set_xlabel('latent frame (lines: one and three times the trained length)')
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside upper center', ncols=6, frameon=False)
+    figure.savefig(path)
+    return figure
+
+
+TRADES = {'reward': '#d1541f', 'reward_exact': '#f0a070', 'reward_random': '#1f6fb4', 'reward_random_exact': '#8fc0e8',
+          'reward_all': '#2a8f4a'}
+
+
+def trades(figures):
+    """Of each way of reward forcing its way: {run: [(step, reward, pixels per frame), ...]}, from ODE only on, the means
+    over the seeds that are there and the samples that all were measured on."""
+    last, ways = 200, {}
+    for run in TRADES:
+        way = []
+        for step, name in [(0, 'ode'), *((step, f'{run}_{step}') for step in KEPT), (last, run)]:
+            seeds = figures.get(run, {}).get('reward', {})
+            if all(seed in figures.get(name, {}).get('reward', {}) for seed in seeds) and seeds:
+                way.append((step, *(float(torch.stack([figures[name][key][seed][:COUNT_KEPT] for seed in seeds]).mean())
+                                    for key in ('reward', 'path'))))
+        if len(way) > 1:
+            ways[run] = way
+    return ways
+
+
+def draw_trades(path, ways):
+    """`trades` as a picture: reward against pixels per frame, a point for every 50 steps."""
+    figure, ((axes,),) = new_figure(8, 5, 1, 1)
+    for run, way in ways.items():
+        steps, rewards, paths = zip(*way)
+        axes.plot(paths, rewards, 'o-', color=TRADES[run], label=tiny_world.WORDS[run])
+        axes.annotate(f'{steps[-1]} steps', (paths[-1], rewards[-1]), fontsize=8, color='#666666')
+    axes.set_xlabel('pixels per frame (right: moves more)')
+    axes.set_ylabel('reward of all frames')
+    axes.legend(title='every 50 steps, from ODE only on', frameon=False)
     figure.savefig(path)
     return figure
 
 
 def plan(runs, names, fast, seeds):
-    """Jobs in order: {name: (command, the jobs before it)}. Every stage's run is followed by its measurements."""
+    """Jobs in order: {name: (command, the jobs before it)}. Every stage's run is followed by its measurements, and all
+    of one seed come before the next one's."""
     wanted = set(names or STAGES)
     for name in reversed(STAGES):  # and what they start from
         if name in wanted and STAGES[name][1]:
             wanted.add(STAGES[name][1])
+    number = {name: 1 if fast or name == 'student' else seeds or STAGES[name][2] for name in STAGES}
+    for name in reversed(STAGES):  # a start has no fewer seeds than what starts from it
+        start = STAGES[name][1]
+        if name in wanted and start not in (None, 'student'):
+            number[start] = max(number[start], number[name])
+    data, some = runs / 'trajectories', ['--count', '2'] if fast else []
     short = ['--steps', '2', '--batch', '1'] if fast else []
-    data, count = runs / 'trajectories', ['--count', '2'] if fast else []
-    measured = ['--results', str(runs), '--count', '2' if fast else '100']
-    measured_long = ['--results', str(runs), *count]
-    jobs = {'trajectories': (['ode_init.py', 'sample', '--out', str(data), *count], [])}
-    number = {name: 1 if fast or name in ONCE else seeds or STAGES[name][2] for name in STAGES}
-    for name in (name for name in STAGES if name in wanted):
+
+    def measure(verb, file, count, *flags):
+        return ['tests/tiny_world.py', verb, str(file), '--results', str(runs), '--count', str(2 if fast else count),
+                *flags]
+    jobs = {'trajectories': (['ode_init.py', 'sample', '--out', str(data), *some], [])}
+    for seed, name in itertools.product(range(max(number.values())), STAGES):
+        if name not in wanted or seed >= number[name]:
+            continue
         line, start, _ = STAGES[name]
-        for seed in range(number[name]):
-            out, needs = runs / f'{name}-{seed}', []
-            command = [*line.format(data=data).split(), '--out', str(out), '--seed', str(seed), '--resume', *short]
-            if fast and line.startswith('cm_grpo.py'):
-                command += ['--group', '2', '--prompts-per-step', '1']
-            if start:
-                before = f'{start}-{seed % number[start]}'
-                command += ['--init', str(runs / before / 'model.safetensors')]
-                needs.append(before)
-            jobs[out.name] = (command, needs + (['trajectories'] if '{data}' in line else []))
-            file = str(out / 'model.safetensors')
-            jobs[f'{out.name} compare'] = (['tests/tiny_world.py', 'compare', file, *measured], [out.name])
-            for step in () if fast else KEPT.get(name, ()):
-                early = str(out / f'model_{step:06d}.safetensors')
-                jobs[f'{out.name} step {step} compare'] = (
-                    ['tests/tiny_world.py', 'compare', early, *measured], [out.name])
-            if name in FRAME_WISE:
-                jobs[f'{out.name} chunk 1 compare'] = (
-                    ['tests/tiny_world.py', 'compare', file, '--chunk', '1', *measured], [out.name])
-            if name == 'student' and not fast:  # here, since the first runs are waited for
-                jobs['teacher compare'] = (['tests/tiny_world.py', 'compare', 'teacher', *measured], [])
-            if name in LONG:
-                jobs[f'{out.name} drift'] = (['tests/tiny_world.py', 'drift', file, *measured_long], [out.name])
+        out, needs = runs / f'{name}-{seed}', []
+        command = [*line.format(data=data).split(), '--out', str(out), '--seed', str(seed), '--resume', *short]
+        if fast and line.startswith('cm_grpo.py'):
+            command += ['--group', '2', '--prompts-per-step', '1']
+        if start:
+            needs.append(f'{start}-{seed if start != "student" else 0}')
+            command += ['--init', str(runs / needs[0] / 'model.safetensors')]
+        jobs[out.name] = (command, needs + (['trajectories'] if '{data}' in line else []))
+        file = out / 'model.safetensors'
+        jobs[f'{out.name} compare'] = (measure('compare', file, COUNT), [out.name])
+        for step in KEPT if '--keep-every' in line and not fast else ():
+            jobs[f'{out.name} step {step} compare'] = (
+                measure('compare', out / f'model_{step:06d}.safetensors', COUNT_KEPT), [out.name])
+        if name == 'student':
+            if not fast:  # the teacher's 50 steps with guidance take as long as a short stage
+                jobs['teacher compare'] = (measure('compare', 'teacher', COUNT), [])
+        else:
+            jobs[f'{out.name} over time'] = (
+                measure('over_time', file, COUNT_LONG, '--length', str(18 if fast else LONG)), [out.name])
     first = [name for name in jobs if name.endswith('-0')]
     files = [str(runs / name / 'model.safetensors') for name in first]
     jobs[f'video of {len(first)} runs'] = (
@@ -215,7 +407,7 @@ def execute(jobs, runs, at_once):
                     lock.wait()
                 if not left or failed:
                     return
-                name = min(ready, key=lambda n: n.endswith((' compare', ' drift')))  # what others wait for comes first
+                name = ready[0]
                 left.remove(name)
                 bar.set_postfix_str(name)
             command, log = jobs[name][0], runs / f'logs/{name}.log'
@@ -244,6 +436,9 @@ def execute(jobs, runs, at_once):
         sys.exit(f'error: {failed[0]}')
 
 
+WINDOW = 20  # steps that each point of a curve is the mean of
+
+
 def read_curves(runs, name, key, window):
     """Moving averages of a logged number over the seeds of a run: (seeds, steps - window + 1)."""
     rows = [[json.loads(line)[key] for line in file.read_text().splitlines()]
@@ -261,39 +456,42 @@ def curve_bands(curves):
 
 def draw_curves(path, bands, window):
     """`curve_bands` as a picture: each run's mean as a line, in a band from its lowest to its highest seed."""
-    figure = Figure(figsize=(8, 4), dpi=100, layout='constrained')
-    axes = figure.subplots()
+    figure, ((axes,),) = new_figure(8, 4, 1, 1)
     for (name, band), colour in zip(bands.items(), ('#1f6fb4', '#d1541f', '#2a8f4a', '#8a4fb0')):
         steps = range(len(band['mean']))
         axes.fill_between(steps, band['lowest'], band['highest'], color=colour, alpha=0.2, linewidth=0)
         axes.plot(steps, band['mean'], color=colour, linewidth=2, label=tiny_world.WORDS.get(name, name))
     axes.set_xlabel(f'training step (each point: the mean of {window} steps from there)')
     axes.set_ylabel('reward of the training rollouts')
-    axes.grid(color='#dddddd')
-    axes.set_axisbelow(True)
-    axes.spines[['top', 'right']].set_visible(False)
     axes.legend(loc='lower right', title='line: mean, band: lowest to highest seed', frameon=False)
     figure.savefig(path)
     return figure
 
 
-def report(figures, pictures):
-    """Print the tables of the figures in a folder, and draw the claims and curves into the folder `pictures`."""
-    for file, columns in (('results.json', tiny_world.RESULTS), ('drift.json', tiny_world.DRIFT)):
-        if (figures / file).exists():
-            print(tiny_world.results_table(json.loads((figures / file).read_text()), columns), '\n')
-    print(claims_table(figures))
-    if bars := claim_bars(claims(figures)):
-        draw_claims(pictures / 'claims.png', bars)
-    if (figures / 'curves.json').exists():
-        draw_curves(pictures / 'curves.png', json.loads((figures / 'curves.json').read_text()), WINDOW)
+def report(folder, pictures):
+    """Print the tables of the figures in a folder, and draw its pictures into the folder `pictures`."""
+    figures = read_figures(folder)
+    print(results_table(figures), '\n')
+    for measurement in ('reward', 'texture_correlation', 'path', 'flicker', 'late_reward'):
+        size, (spread, freedom) = size_that_matters(figures, measurement), pooled_spread(figures, measurement)
+        if size is not None:
+            print(f'{WORDS[measurement]}: size that matters {size:.3f}, spread over seeds {spread:.3f} ({freedom} degrees '
+                  'of freedom)')
+    print('\n' + claims_table(figures))
+    if rows := list(claims(figures)):
+        draw_claims(pictures / 'claims.png', rows)
+    draw_over_time(pictures / 'over_time.png', figures)
+    if ways := trades(figures):
+        draw_trades(pictures / 'trades.png', ways)
+    if (folder / 'curves.json').exists():
+        draw_curves(pictures / 'curves.png', json.loads((folder / 'curves.json').read_text()), WINDOW)
 
 
 def main():
     p = argparse.ArgumentParser(description='All stages of both papers in the tiny world, one after the other.')
     p.add_argument('names', nargs='*', metavar='RUN', help=f'only these of {", ".join(STAGES)}, and what they need')
     p.add_argument('--runs', type=Path, help='the folder of all runs (default: runs/miniature, or runs/miniature_fast)')
-    p.add_argument('--seeds', type=int, help='seeds of each but student and ode (default: one, or two where it counts)')
+    p.add_argument('--seeds', type=int, help='seeds of each but the student (default: four of what a claim compares, else one)')
     p.add_argument('--jobs', type=int, default=2, help='stages side by side, each on one thread')
     p.add_argument('--fast', action='store_true', help='a few steps of each stage')
     p.add_argument('--draw', type=Path, metavar='FOLDER',
@@ -312,6 +510,7 @@ def main():
               ('raven_cm', 'reward_cm', 'reward_em') if (runs / f'{name}-0/metrics.jsonl').exists()}
     if curves:
         (runs / 'curves.json').write_text(json.dumps(curve_bands(curves)) + '\n')
+    gather(runs)
     report(runs, runs)
 
 

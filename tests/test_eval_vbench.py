@@ -15,7 +15,7 @@ import imageio
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, frames_apart, run, start_script, torchrun
+from conftest import ROOT, frames_apart, ranks, run, start_script, torchrun
 from PIL import Image
 
 import eval_vbench as ev
@@ -580,7 +580,7 @@ def test_killed_and_gone_on_with_under_two_ranks(sampled, tmp_path):
     half = next(name for name in contents(sampled / "videos") if name not in finished)
     wc.temporary_name(tmp_path / "videos" / half).write_bytes(b"half")
 
-    resumed = torchrun(2, *args)
+    resumed = ranks(2, *args)
     assert resumed.returncode == 0, resumed.stderr
     assert f"8 videos, {8 - len(finished)} of them to be made" in resumed.stdout
     assert set(contents(tmp_path / "videos")) == set(contents(sampled / "videos"))  # and nothing else is left there

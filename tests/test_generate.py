@@ -5,7 +5,7 @@ import imageio
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, alone_and_under_torchrun, frames_apart, python, random_dit, run
+from conftest import ROOT, alone_and_together, frames_apart, python, random_dit, run
 from safetensors.torch import save_file
 
 import generate
@@ -183,7 +183,7 @@ def test_overlapping_rollouts_of_any_length(tmp_path, causal):
 def test_two_processes_share_the_prompts_and_write_the_same_files(tmp_path, causal):
     prompts = [PROMPT, "a blue circle", "a plain green square bouncing on a gray background"]
     args = ["generate.py", *prompts, "--checkpoint", causal, "--frames", 21]
-    alone, done = alone_and_under_torchrun(args, ["--out", tmp_path / "one"], ["--out", tmp_path / "two"])
+    alone, done = alone_and_together(args, ["--out", tmp_path / "one"], ["--out", tmp_path / "two"])
     assert alone.returncode == done.returncode == 0, alone.stderr + done.stderr
     assert done.stdout.count("FPS)") == 3
     one, two = (sorted((tmp_path / folder).iterdir()) for folder in ("one", "two"))

@@ -1,5 +1,6 @@
 """The miniature's plan and its runner; the stages themselves are run by the other tests."""
 import json
+import math
 from pathlib import Path
 
 import miniature
@@ -13,10 +14,21 @@ from test_house import refused_commands
 def test_every_command_of_the_plan_is_accepted_by_its_script(tmp_path):
     jobs = miniature.plan(tmp_path, [], fast=False, seeds=3)
     assert refused_commands([command for command, _ in jobs.values()]) == ""
-    assert len(jobs) > 60
+    assert len(jobs) > 150
+    jobs = miniature.plan(tmp_path, [], fast=False, seeds=None)
     starts = {name: command[command.index("--init") + 1].split("/")[-2] for name, (command, _) in
-              miniature.plan(tmp_path, [], fast=False, seeds=None).items() if "--init" in command}
-    assert starts["reward-1"] == "ode-0" and starts["raven_cm-1"] == "raven-1" and "causvid-1" not in starts
+              jobs.items() if "--init" in command}
+    assert starts["reward-3"] == "ode-3" and starts["ode-3"] == "student-0" and "teacher_forcing-1" not in starts
+    assert starts["raven_cm-2"] == "raven_frame-2" and starts["raven_frame-2"] == "ode_frame-2"
+    for *_, left, right, _, _, _ in miniature.CLAIMS:  # at least four seeds of what a claim compares
+        assert all(f"{run}-3" in jobs for run in (left, right) if run != "student")
+
+
+def test_seeds_of_a_start(tmp_path):
+    """One seed after the other, and no start is missing whatever is asked for."""
+    jobs = [name for name in miniature.plan(tmp_path, ["raven_cm"], False, None) if " " not in name]
+    assert jobs == ["trajectories", "student-0", *(f"{name}-{seed}" for seed in range(4) for name in
+                                                  ("ode_frame", "raven_frame", "raven_cm"))]
 
 
 def test_a_run_comes_after_what_it_starts_from(tmp_path):
@@ -26,10 +38,10 @@ def test_a_run_comes_after_what_it_starts_from(tmp_path):
             assert set(needs) <= seen
             for word in command:  # whatever it reads below the runs' folder is written by a job that it waits for
                 before = command[command.index(word) - 1]
-                if word.startswith(str(tmp_path)) and before in ("--init", "--data", "compare", "drift", "picture"):
+                if word.startswith(str(tmp_path)) and before in ("--init", "--data", "compare", "over_time", "picture"):
                     assert Path(word).relative_to(tmp_path).parts[0] in needs
             seen.add(name)
-    assert {"raven-0", "ode-0", "student-0", "trajectories"} <= set(miniature.plan(tmp_path, ["raven_cm"], True, 2))
+    assert {"raven_frame-0", "ode_frame-0", "student-0", "trajectories"} <= set(miniature.plan(tmp_path, ["raven_cm"], True, 2))
 
 
 def test_the_runner_goes_on_where_it_was_and_stops_at_a_failure(tmp_path):
@@ -66,51 +78,113 @@ def test_curves(tmp_path):
     assert [text.get_text() for text in axes.get_legend().texts] == ["reward forcing + CM-GRPO"]
 
 
+def kept_figures():
+    return miniature.read_figures(ROOT / "tests/tiny")
+
+
 def test_pictures_of_kept_figures(tmp_path):
     """`--draw` on the committed figures: the pictures beside the tests are of these."""
     miniature.report(ROOT / "tests/tiny", tmp_path)
-    for name in ("claims.png", "curves.png"):
+    for name in ("claims.png", "curves.png", "over_time.png", "trades.png"):
         sizes = [Image.open(folder / name).size for folder in (tmp_path, ROOT / "tests")]
         assert sizes[0] == sizes[1] and min(sizes[0]) >= 400
     kept = json.loads((ROOT / "tests/tiny/curves.json").read_text())
-    steps = {name: len(band["mean"]) for name, band in kept.items()}
-    assert steps == {"raven_cm": 161, "reward_cm": 26, "reward_em": 26}
+    assert {len(band["mean"]) for band in kept.values()} == {26}
     for band in kept.values():
         assert all(low <= mean <= high for low, mean, high in zip(*map(band.get, ("lowest", "mean", "highest"))))
 
 
 def test_every_run_that_is_drawn_has_words():
-    assert {*miniature.STAGES, *(figure.split()[0] for claim in miniature.CLAIMS for figure in claim[1:3])} <= \
-        set(miniature.tiny_world.WORDS)
+    drawn = {run for claim in miniature.CLAIMS for run in claim[1:3]}
+    assert drawn <= set(miniature.STAGES) <= set(miniature.tiny_world.WORDS)
+    assert {method + family for method in miniature.METHODS for family in miniature.FAMILIES.values()} <= \
+        set(miniature.STAGES)
 
 
-def test_claims(tmp_path):
-    """yes, no, and unclear where the seeds differ more than the runs; a run that is not there is left out."""
-    rows = {"student-0": {"path": 1.0, "texture_correlation": 0.6}, "ode-0": {"path": 1.2, "texture_correlation": 0.5,
-            "reward": 0.5}, "reward-0": {"path": 0.1, "texture_correlation": 0.9, "reward": 0.4},
-            "reward-1": {"path": 0.2, "texture_correlation": 0.0, "reward": 0.4}}
-    (tmp_path / "results.json").write_text(json.dumps(rows))
-    verdicts = [line.split(" | ")[-1].strip(" |") for line in miniature.claims_table(tmp_path).splitlines()[2:]]
-    assert verdicts == ["yes", "unclear", "unclear", "no", "no"]
-    assert "against 0.9 × student path 1.00" in miniature.claims_table(tmp_path)
-    bars = miniature.claim_bars(miniature.claims(tmp_path))
-    assert [bar[-1] for bar in bars] == verdicts
-    assert bars[0][:2] == (miniature.CLAIMS[0][0], "pixels per frame: ODE only against student, 4 steps")
-    assert bars[0][2] == pytest.approx(1 / 3) and bars[0][4] == "1.20 against 0.9 × 1.00"
-    assert bars[4][2] == pytest.approx(0.15 / 1.08 - 1)  # to the left of the line
-    assert bars[0][3] == pytest.approx(0.005 ** 0.5 / 0.9)  # the spread of reward's path
-    figure = miniature.draw_claims(tmp_path / "claims.png", bars)
-    assert min(Image.open(tmp_path / "claims.png").size) >= 300
+def made_up(captions=200, **runs):
+    """Figures as `read_figures` gives them: run=([mean of each seed], noise over the captions), of every measurement."""
+    made = {}
+    for run, (means, noise) in runs.items():
+        wave = torch.linspace(-1, 1, captions)
+        made[run] = {key: {seed: mean + noise * (wave - wave.mean()) for seed, mean in enumerate(means)}
+                     for key in ("reward", "path", "texture_correlation", "late_reward")}
+    return made
+
+
+def test_students_t():
+    for freedom, value in ((1, 12.706), (3, 3.182), (10, 2.228), (60, 2.000)):  # as tables have it
+        assert miniature.t_quantile(0.975, freedom) == pytest.approx(value, rel=0.003)
+
+
+def test_verdicts():
+    for gap, half, size, kind, verdict in (
+            (0.3, 0.2, 0.1, "more", "yes"), (-0.3, 0.2, 0.1, "more", "no"), (0.05, 0.1, 0.1, "more", "alike"),
+            (-0.05, 0.1, 0.1, "more", "alike"), (0.05, 0.2, 0.1, "more", "unclear"), (0.1, math.inf, 0.1, "more", "unclear"),
+            (-0.05, 0.04, 0.1, "keeps", "yes"), (-0.2, 0.05, 0.1, "keeps", "no"), (-0.1, 0.05, 0.1, "keeps", "alike"),
+            (-0.1, 0.15, 0.1, "keeps", "unclear"), (0.5, 0.15, 0.1, "keeps", "yes")):
+        assert miniature.judge(gap, half, size, kind) == verdict
+
+
+def test_the_interval_is_of_seeds_and_captions():
+    figures = made_up(teacher=([1.0], 0), ode=([0.4, 0.6], 0), ode_frame=([0.1, 0.3], 0),
+                      reward=([0.8, 1.0, 0.9], 0), student=([0.5], 0))
+    spread, freedom = miniature.pooled_spread(figures, "reward")
+    assert freedom == 4 and spread == pytest.approx(((0.02 + 0.02 + 0.02) / 4) ** 0.5)
+    assert miniature.size_that_matters(figures, "late_reward") == pytest.approx((0.5 + 0.8) / 4)
+    one, = (c for c in miniature.claims(figures) if c["left"] == "reward" and c["measurement"] == "reward")
+    assert one["gap"] == pytest.approx(0.4) and one["seeds"] == (3, 2) and one["verdict"] == "yes"
+    assert one["half"] == pytest.approx(miniature.t_quantile(0.975, 4) * spread * (1 / 3 + 1 / 2) ** 0.5)
+    # what captions have in common does not widen it, what they have not does
+    both = made_up(teacher=([1.0], 0), ode=([0.4, 0.6], 1), ode_frame=([0.2], 1), reward=([0.8, 1.0, 0.9], 1))
+    same, = (c for c in miniature.claims(both) if c["left"] == "reward" and c["measurement"] == "reward")
+    apart = {**both, **made_up(reward=([0.8, 1.0, 0.9], -1))}
+    wide, = (c for c in miniature.claims(apart) if c["left"] == "reward" and c["measurement"] == "reward")
+    assert same["half"] == pytest.approx(one["half"], rel=0.2) and wide["half"] > same["half"]
+    half = made_up(a=([0.0], 1))["a"]["reward"][0]
+    assert miniature.caption_variance(half) == pytest.approx(float(half.var()) / 200)
+    assert miniature.caption_variance(half.repeat(2)) == pytest.approx(float(half.var()) / 200)  # no more captions
+
+
+def test_without_seeds_nothing_is_decided():
+    figures = made_up(teacher=([1.0], 0), ode=([0.4], 0), ode_frame=([0.2], 0), reward=([0.9], 0))
+    assert {c["verdict"] for c in miniature.claims(figures)} == {"unclear"}
+    assert list(miniature.claims({})) == [] and "inf" in miniature.claims_table(figures)
+
+
+def test_claims_are_drawn_as_they_are_decided(tmp_path):
+    figures = made_up(teacher=([1.0], 0), ode=([0.4, 0.6], 0), ode_frame=([0.1, 0.3], 0), student=([0.5], 0),
+                      reward=([0.8, 1.0, 0.9], 0))
+    rows = list(miniature.claims(figures))
+    figure = miniature.draw_claims(tmp_path / "claims.png", rows)
     axes, = figure.axes
-    assert [patch.get_width() for patch in axes.patches] == pytest.approx([bar[2] for bar in bars])
     drawn = {text.get_text() for text in axes.texts}
-    assert drawn == {text for bar in bars for text in (bar[0], bar[1], bar[4])}
-    (tmp_path / "results.json").write_text(json.dumps({k: v for k, v in rows.items() if k != "reward-1"}))
-    assert {verdict for *_, verdict in miniature.claims(tmp_path)} == {"unclear"}  # no run has two seeds
-    assert "(no spread, 1 and 1 seeds)" in miniature.claims_table(tmp_path)
-    miniature.draw_claims(tmp_path / "claims.png", miniature.claim_bars(miniature.claims(tmp_path)))
+    assert {c["words"] for c in rows} <= drawn and "0.90 − 0.50" in drawn
+    points = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"]
+    assert points == pytest.approx([max(-6, min(c["gap"] / c["size"], 6)) for c in rows])
 
 
-def test_the_readme_has_the_claims_as_measured():
-    readme = (ROOT / "tests/README.md").read_text()
-    assert miniature.claims_table(ROOT / "tests/tiny") in readme
+def test_figures_are_gathered_from_the_measurements(tmp_path):
+    numbers = {"reward": torch.tensor([0.25, 0.5]), "path": torch.tensor([1.0, 2.0])}
+    miniature.tiny_world.keep_measured(tmp_path, "raven_50-1", numbers)
+    miniature.tiny_world.keep_measured(tmp_path, "raven_50-1.long", {"late_reward": torch.tensor([0.75])})
+    miniature.tiny_world.keep_measured(tmp_path, "teacher", numbers)
+    miniature.gather(tmp_path)
+    figures = miniature.read_figures(tmp_path)
+    assert set(figures) == {"raven_50", "teacher"} and list(figures["raven_50"]["reward"]) == [1]
+    assert figures["raven_50"]["late_reward"][1].tolist() == [0.75]
+    assert figures["teacher"]["path"][0].tolist() == [1, 2]
+
+
+def test_reward_against_motion():
+    """Points of one way are of the same seeds and the same samples."""
+    figures = made_up(ode=([0.5, 0.7], 0), reward_50=([0.6, 0.8], 0), reward=([0.9, 1.1], 0), reward_exact=([0.9], 0))
+    assert miniature.trades(figures) == {
+        "reward": [(0, pytest.approx(0.6), pytest.approx(0.6)), (50, pytest.approx(0.7), pytest.approx(0.7)),
+                   (200, pytest.approx(1.0), pytest.approx(1.0))],
+        "reward_exact": [(0, pytest.approx(0.5), pytest.approx(0.5)), (200, pytest.approx(0.9), pytest.approx(0.9))]}
+
+
+def test_the_page_has_the_claims_as_measured():
+    page = (ROOT / "tests/claims.md").read_text()
+    assert miniature.claims_table(kept_figures()) in page
+    assert miniature.RULE.splitlines()[0] in page

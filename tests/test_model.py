@@ -591,7 +591,7 @@ def test_reward_preprocessing_is_pils(height, width):
 
 
 def test_two_processes_average_gradients_and_end_their_threads(tmp_path):
-    from conftest import torchrun
+    from conftest import ranks
     script = tmp_path / "average.py"
     script.write_text("""
 import pathlib, sys, torch
@@ -609,7 +609,7 @@ with wc.processes('cpu') as p:
     assert any('gloo' in name for name in threads()) or sys.platform != 'linux'
 assert not any('gloo' in name for name in threads()), threads()
 """)
-    done = torchrun(2, script, env={"PYTHONPATH": "."})
+    done = ranks(2, script, env={"PYTHONPATH": "."})
     assert done.returncode == 0 and done.stdout.strip() == "world 2 DistributedDataParallel [[0.5, 0.5]]", done.stderr
     with wc.processes("cpu") as alone:
         linear = torch.nn.Linear(1, 1)

@@ -1,13 +1,12 @@
 """--shard and several machines: the same weights as one process, whatever happens on the way. (That each stage's sharded
 step equals one process's is in test_stages.py, beside DistributedDataParallel's.)"""
-import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import ROOT, python, run, torchrun, weights_apart, without_gpu
+from conftest import ROOT, free_port, python, ranks, run, torchrun, weights_apart, without_gpu
 
 import wan_causal as wc
 
@@ -42,11 +41,11 @@ def test_a_sharded_run_goes_on_with_another_number_of_processes(stage, tmp_path)
     steps = 3 if stage == "distill_dmd" else 2
     with ThreadPoolExecutor() as side_by_side:
         whole = side_by_side.submit(run, *args, "--batch", 6, "--steps", steps, "--out", tmp_path / "whole")
-        mixed = [torchrun(2, *args, "--shard", "--batch", 3, "--steps", 1, "--out", tmp_path / "mixed"),
+        mixed = [ranks(2, *args, "--shard", "--batch", 3, "--steps", 1, "--out", tmp_path / "mixed"),
                  run(*args, "--resume", "--batch", 6, "--steps", 2, "--out", tmp_path / "mixed")]
         if steps == 3:
-            mixed.append(torchrun(3, *args, "--resume", "--shard", "--batch", 2, "--steps", 3, "--out",
-                                  tmp_path / "mixed"))
+            mixed.append(ranks(3, *args, "--resume", "--shard", "--batch", 2, "--steps", 3, "--out",
+                               tmp_path / "mixed"))
     for done in (whole.result(), *mixed):
         assert done.returncode == 0, done.stderr[-2000:]
     assert apart(tmp_path / "whole", tmp_path / "mixed") < 2e-2
@@ -56,12 +55,9 @@ def test_a_sharded_run_goes_on_with_another_number_of_processes(stage, tmp_path)
 
 def test_two_machines_equal_one_process(tmp_path):
     """torchrun --nnodes 2, both machines being this one: one process each, sharded."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     args = ["reward_forcing.py", *SMALL, "--init", TINY / "ode.safetensors", "--steps", 2]
     machine = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
-               f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test", "--local_addr=127.0.0.1", *args, "--batch", 1,
+               f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--rdzv_id=test", "--local_addr=127.0.0.1", *args, "--batch", 1,
                "--shard", "--out", tmp_path / "two"]
     both = [subprocess.Popen(list(map(str, machine)), cwd=ROOT, env=without_gpu(None), stdout=subprocess.PIPE,
                              stderr=subprocess.STDOUT, text=True) for _ in range(2)]
@@ -91,7 +87,7 @@ def test_processes_with_different_weights_are_refused(tmp_path):
             "        process.wrap(net)\n"
             "wc.run_script(main)\n")
     (tmp_path / "differ.py").write_text(code)
-    done = torchrun(2, tmp_path / "differ.py", env={"PYTHONPATH": str(ROOT)})
+    done = ranks(2, tmp_path / "differ.py", env={"PYTHONPATH": str(ROOT)})
     assert done.returncode != 0 and "error: the processes hold different weights" in done.stderr
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, random_latents, run
+from safetensors.torch import load_file
 
 import generate
+import miniature
 import tiny_world as tw
 import wan_causal as wc
 
@@ -217,14 +219,48 @@ def test_agreement_of_a_reward_with_the_measurement():
     assert tw.agreement(texture, flat, [caption]) == (0, 0)  # frames that are alike are no pairs
 
 
-def test_rows_are_named_by_run_and_seed():
+def test_generators_are_named_by_run_step_and_seed():
     assert tw.label("runs/raven-1/model.safetensors") == "raven-1"
-    assert tw.label("runs/raven-1/model.safetensors", chunk=1) == "raven_chunk1-1"
     assert tw.label("runs/raven-1/model_000050.safetensors") == "raven_50-1"
-    assert tw.label("runs/raven-1/model_000050.safetensors", chunk=1) == "raven_50_chunk1-1"
-    assert tw.label("tests/tiny/raven.safetensors", chunk=1) == "raven_chunk1"
-    rows = {"raven-0": {"path": 1}, "raven_chunk1-0": {"path": 2}, "raven-1": {"path": 3}}
-    assert tw.by_run(rows) == {"raven": [{"path": 1}, {"path": 3}], "raven_chunk1": [{"path": 2}]}
+    assert tw.label("tests/tiny/raven.safetensors") == "raven"
+
+
+def test_what_is_measured_of_each_sample(tmp_path, monkeypatch):
+    """Captions and noise are the same for every generator, whatever the count."""
+    asked = []
+
+    def sampler(out, name):
+        return lambda captions, seed: (asked.append((seed, captions)), clips(captions, 9, seed=seed))[1]
+    monkeypatch.setattr(tw, "sampler", sampler)
+    tw.compare(TINY, ["ode.safetensors"], tmp_path, count=202)
+    assert [(seed, len(captions)) for seed, captions in asked] == [(0, 100), (100, 100), (200, 2)]
+    assert asked[2][1] == tw.split()[1][:2]  # all captions are through: from the first again, with other noise
+    measured = load_file(tmp_path / "measured/ode.safetensors")
+    assert set(measured) == set(tw.COMPARED) and all(value.shape == (202,) for value in measured.values())
+    video = clips(asked[1][1], 9, seed=100)
+    for name in ("path", "texture_correlation"):
+        theirs = [row[name] for row in tw.scores(video, asked[1][1])]
+        assert measured[name][100:200].tolist() == pytest.approx(theirs, abs=2e-3)
+
+
+def test_what_is_measured_over_time(tmp_path, monkeypatch):
+    """A thing that stops after half of the clip: the path by latent frame says so."""
+    monkeypatch.setattr(tw, "split", lambda: ([], ["a red striped circle moving left on a navy background"] * 200))
+    moving = clips(tw.split()[1][:2], 25)
+    moving[:, :, 13:] = moving[:, :, 12:13]
+    monkeypatch.setattr(tw, "sampler", lambda out, name: lambda captions, seed, frames: moving)
+    tw.over_time(TINY, ["ode.safetensors"], tmp_path, count=2, frames=7)
+    measured = load_file(tmp_path / "measured/ode.long.safetensors")
+    assert {key for key in measured} == {f"{what}_{key}" for what in ("time", "late") for key in tw.OVER_TIME}
+    path = measured["time_path"].tolist()  # latent frames 1 to 6
+    assert len(path) == 6 and min(path[:3]) > 0.5 and max(path[3:]) < 0.01
+    assert measured["late_path"].shape == (2,)
+    reward = wc.load_image_reward(TINY / "reward_model")
+    with torch.no_grad():
+        last = reward.score(moving[:, :, 12], tw.split()[1][:2]).mean().item()
+    assert measured["time_reward"].tolist()[2:] == pytest.approx([last] * 4, abs=2e-3)
+    flicker, still = measured["time_flicker"].tolist(), measured["late_flicker"].tolist()
+    assert max(flicker[3:]) < 0.1 < min(flicker[:3]) and len(still) == 2
 
 
 # ---------------------------------------------------------------------------------------------- pictures
@@ -281,7 +317,7 @@ def test_captions_of_the_close_up_are_chosen_by_rule(tmp_path, monkeypatch, caps
     captions = tw.split()[1][::5]
     drawn = tw.render(captions, 2, generator=torch.Generator().manual_seed(0))
     blurred = tw.degrade(drawn[:, :, -1], "blur", torch.linspace(0, 1, 40), None).unsqueeze(2)
-    monkeypatch.setattr(tw, "sample", lambda out, name, some: drawn if name == "reward" else blurred)
+    monkeypatch.setattr(tw, "sampler", lambda out, name: lambda some: drawn if name == "reward" else blurred)
     tw.closeup(None, "ode", "reward", tmp_path / "x.png", 40)
     told = capsys.readouterr().out
     assert "Of 40 held-out captions" in told and "from ODE only to reward forcing" in told
@@ -298,7 +334,7 @@ def test_captions_of_the_close_up_are_chosen_by_rule(tmp_path, monkeypatch, caps
 @pytest.mark.parametrize("name", ["videos.webp", "videos.mp4"])
 def test_videos_side_by_side(name, tmp_path, monkeypatch):
     import imageio
-    monkeypatch.setattr(tw, "sample", lambda out, name, some: clips(some, 9, seed=len(name)))
+    monkeypatch.setattr(tw, "sampler", lambda out, name: lambda some: clips(some, 9, seed=len(name)))
     tw.picture(None, ["teacher", "ode"], tmp_path / name, 2)
     video = imageio.v3.imread(tmp_path / name, index=...)  # all frames
     assert video.shape[:3] == (9, 352, 432)
@@ -309,7 +345,7 @@ def test_the_committed_pictures():
     with Image.open(ROOT / "tests" / "videos.webp") as videos:
         assert videos.n_frames == 57 and videos.info["loop"] == 0
     assert (ROOT / "tests" / "videos.webp").stat().st_size < 1e6
-    for name in ("closeup", "claims", "curves"):
+    for name in ("closeup", "claims", "curves", "over_time", "trades"):
         assert min(Image.open(ROOT / "tests" / f"{name}.png").size) >= 400
 
 
@@ -320,14 +356,13 @@ def test_measured_figures_are_those_of_the_readme():
                    f"{measured['teacher']['texture_correlation']:.2f}",
                    *(f"{100 * share:.1f} %" for share in measured["reward"].values())):
         assert figure in readme
-    assert tw.results_table(json.loads((TINY / "results.json").read_text())) in readme
-    assert tw.results_table(json.loads((TINY / "drift.json").read_text()), tw.DRIFT) in readme
+    assert miniature.results_table(miniature.read_figures(TINY)) in readme
 
 
 @pytest.mark.parametrize("name, kind", [("ode", "ode_init"), ("raven", "distill_dmd"),
                                         ("reward_forced", "reward_forcing")])
 def test_the_committed_generators(parts, name, kind):
-    """Causal, with their settings in the file, and as good as results.json says, within what 8 captions can show."""
+    """Causal, with their settings in the file, and as good as figures.safetensors says, within what 8 captions can show."""
     net = wc.load_dit(TINY)
     metadata = wc.load_checkpoint(net, TINY / f"{name}.safetensors")
     assert metadata["kind"] == "causal" and metadata["stage"] == kind and metadata["chunk"] == "3"
@@ -336,7 +371,7 @@ def test_the_committed_generators(parts, name, kind):
     video = tw.sample_student(net.eval(), metadata, parts[1], parts[2], captions)
     card = tw.scorecard(video, captions)
     assert min(card[name] for name in ("colour", "background", "shape")) >= 0.85 and card["path"] > 0.4
-    assert tw.mean_reward(reward, video, captions)["reward"] > {"ode": 0.1, "raven": 0.25, "reward_forced": 0.5}[name]
+    assert tw.frame_rewards(reward, video, captions).mean() > {"ode": 0.1, "raven": 0.25, "reward_forced": 0.5}[name]
 
 
 def test_pipeline_equals_diffusers(parts):
@@ -362,5 +397,4 @@ def test_the_committed_weights_can_be_made_again(tmp_path):
     wc.load_dit(tmp_path / "tiny"), wc.load_vae(tmp_path / "tiny"), wc.load_text_encoder(tmp_path / "tiny")
     wc.load_image_reward(tmp_path / "tiny" / "reward_model")
     theirs, ours = ({f.relative_to(d) for f in d.rglob("*.json")} for d in (TINY, tmp_path / "tiny"))
-    of_runs = {Path(name) for name in ("results.json", "drift.json", "curves.json")}  # which start from it
-    assert ours == theirs - of_runs
+    assert ours == theirs - {Path("curves.json")}  # of runs that start from it

@@ -362,10 +362,8 @@ def measure_clip(clip, looks):
             "flicker": flicker(rgb, mask, path), "sharpness": sharpness(rgb[:, some], mask[some])}
 
 
-def scorecard(video, captions):
-    """Means over the clips: the shares that show what their caption says ('all': in every respect), the
-    correlation with the caption's texture, the length of net, the longer side of extent, and the others
-    of `measure` as they are."""
+def scores(video, captions):
+    """Of each clip what `scorecard` is the mean of: one dict of numbers per clip."""
     rows = []
     for seen, caption in zip(measure(video), captions, strict=True):
         words = parse(caption)
@@ -373,8 +371,15 @@ def scorecard(video, captions):
         row["all"] = min(row.values())
         row["texture_correlation"] = seen["texture_scores"][words["texture"]]
         row |= {name: seen[name] for name in ("shape_iou", "path", "flicker", "sharpness", "object")}
-        row |= {"net": math.hypot(*seen["net"]), "extent": max(seen["extent"])}
-        rows.append(row)
+        rows.append(row | {"net": math.hypot(*seen["net"]), "extent": max(seen["extent"])})
+    return rows
+
+
+def scorecard(video, captions):
+    """Means over the clips: the shares that show what their caption says ('all': in every respect), the
+    correlation with the caption's texture, the length of net, the longer side of extent, and the others
+    of `measure` as they are."""
+    rows = scores(video, captions)
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
@@ -950,48 +955,78 @@ def sample_student(model, metadata, vae, text, captions, seed=0, frames=15):
     return sample_clips(captions, vae, solve, seed, frames=frames)
 
 
-def mean_reward(reward, video, captions):
-    """Reward of the last frame, and the mean over the last video frame of each latent frame."""
+def frame_rewards(reward, video, captions):
+    """Rewards (N, F) of the last video frame of each latent frame of video (N, 3, 4 F - 3, H, W)."""
     with torch.no_grad():
-        scores = torch.stack([reward.score(video[:, :, t], captions) for t in range(0, video.shape[2], 4)])
-    return {"reward_last": scores[-1].mean().item(), "reward": scores.mean().item()}
+        return torch.stack([reward.score(frame, captions) for frame in video[:, :, ::4].unbind(2)], dim=1)
 
 
-def sample(out, name, captions, seed=0, chunk=None):
-    """Videos (N, 3, 57, 64, 64) of a generator: a file, or 'teacher' for the model itself. chunk: latent frames per
-    chunk, if not as in training."""
+def sampler(out, name):
+    """A generator, a file or 'teacher' for the model itself, as a function (captions, seed=0, frames=15) -> videos
+    (N, 3, 4 frames - 3, 64, 64)."""
     model, vae, text = load_dit(out).eval(), load_vae(out), load_text_encoder(out)
     if name == "teacher":
-        return sample_teacher(model, vae, text, captions, seed=seed)
+        return lambda captions, seed=0, frames=15: sample_teacher(model, vae, text, captions, 50, seed, frames)
     metadata = load_checkpoint(model, name)
-    if chunk:
-        metadata["chunk"] = chunk
-    return sample_student(model, metadata, vae, text, captions, seed)
+    return lambda captions, seed=0, frames=15: sample_student(model, metadata, vae, text, captions, seed, frames)
 
 
-def compare(out, checkpoints, results, count=200, seed=0, chunk=None):
-    """What generators show of held-out captions, added to `results`/results.json: label -> measurements."""
-    captions, reward = split()[1][:count], load_image_reward(out / "reward_model")
-    for name in checkpoints:
-        video = sample(out, name, captions, seed, chunk)
-        row = {**scorecard(video, captions), **mean_reward(reward, video, captions), "captions": count}
-        add_result(results / "results.json", label(name, chunk), row)
-        print(results_table({label(name, chunk): row}), flush=True)
+COMPARED = ("reward_last", "reward", "colour", "shape", "texture", "texture_correlation", "motion", "path", "flicker")
+OVER_TIME = ("reward", "texture_correlation", "path", "flicker")
 
 
-def drift(out, checkpoints, results, count=40, seed=0):
-    """The first and the last third of rollouts three times as long as in training, added to `results`/drift.json."""
-    captions, reward = split()[1][::200 // count], load_image_reward(out / "reward_model")
-    vae, text = load_vae(out), load_text_encoder(out)
-    for name in checkpoints:
-        model = load_dit(out).eval()
-        video = sample_student(model, load_checkpoint(model, name), vae, text, captions, seed, frames=45)
-        thirds = {"first": video[:, :, :57], "last": video[:, :, -57:]}
-        cards = {third: {**scorecard(v, captions), **mean_reward(reward, v, captions)} for third, v in thirds.items()}
-        row = {f"{third}_{k}": card[k] for third, card in cards.items()
-               for k in ("reward", "texture_correlation", "texture", "path")}
-        add_result(results / "drift.json", label(name), {**row, "captions": count})
-        print(results_table({label(name): row}, DRIFT), flush=True)
+def compare(out, generators, results, count=500, seed=0):
+    """What generators show of held-out captions, to <results>/measured/<label>.safetensors: each of COMPARED as
+    (count,), a number for each sample.
+
+    Sample i has the caption i of the held-out ones, from the first again when they are through, and the noise of
+    seed + i: the same for every generator, so differences can be taken sample by sample.
+    """
+    captions, reward = list(itertools.islice(itertools.cycle(split()[1]), count)), load_image_reward(out / "reward_model")
+    for name in generators:
+        show, rows = sampler(out, name), []
+        for first in range(0, count, 100):  # so many videos at a time
+            some = captions[first:first + 100]
+            video = show(some, seed + first)
+            rewards = frame_rewards(reward, video, some)
+            rows += [{**row, "reward": r.mean().item(), "reward_last": r[-1].item()}
+                     for row, r in zip(scores(video, some), rewards)]
+        keep_measured(results, label(name), {key: torch.tensor([row[key] for row in rows]) for key in COMPARED})
+        print(label(name), *(f"{key} {sum(row[key] for row in rows) / count:.3f}" for key in COMPARED), flush=True)
+
+
+def over_time(out, generators, results, count=40, frames=90, seed=0):
+    """Measurements by latent frame of rollouts of so many of them (the teacher's: of 15), the window 15: to
+    <results>/measured/<label>.long.safetensors, of each of OVER_TIME the mean over the captions, `time_<name>`
+    (frames - 1,), and for each caption the mean over the second half of the rollout, `late_<name>` (count,).
+
+    The first latent frame, a single picture, is left out. Of a latent frame its four video frames and the one before
+    them are measured, as a clip of their own.
+    """
+    captions, reward = split()[1][::200 // count][:count], load_image_reward(out / "reward_model")
+    for name in generators:
+        video = sampler(out, name)(captions, seed, 15 if name == "teacher" else frames)
+        curves = {"reward": frame_rewards(reward, video, captions)[:, 1:]}  # (N, F - 1)
+        pieces = [clip.unfold(1, 5, 4).permute(1, 0, 4, 2, 3) for clip in video]  # (F - 1, 3, 5, 64, 64) each
+        rows = [[{**seen, "texture_correlation": seen["texture_scores"][parse(caption)["texture"]]}
+                 for seen in measure(piece, looks=2)] for piece, caption in zip(pieces, captions)]
+        for key in OVER_TIME[1:]:
+            curves[key] = torch.tensor([[seen[key] for seen in row] for row in rows])
+        half = video[0, 0, ::4].shape[0] // 2
+        keep_measured(results, f"{label(name)}.long",
+                      {f"time_{key}": curve.mean(0) for key, curve in curves.items()} |
+                      {f"late_{key}": curve[:, half - 1:].mean(1) for key, curve in curves.items()})
+        print(label(name), *(f"{key} {curve[:, :14].mean():.3f} and late {curve[:, half - 1:].mean():.3f}"
+                             for key, curve in curves.items()), flush=True)
+
+
+def keep_measured(results, name, numbers):
+    """Write <results>/measured/<name>.safetensors, whole or not at all: half precision is more than they are worth."""
+    from safetensors.torch import save_file
+    path = Path(results) / f"measured/{name}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    halves = {key: value.half().contiguous() for key, value in numbers.items()}
+    replace_file(path, lambda temporary: save_file(halves, temporary))
 
 
 def agreement(score, video, captions, margin=0.15):
@@ -1016,60 +1051,18 @@ def judge(out, checkpoints, count=100, seed=0):
     """Print `agreement` of the reward model on each generator's clips of held-out captions."""
     captions, reward = split()[1][:count], load_image_reward(out / "reward_model")
     for name in checkpoints:
-        share, pairs = agreement(reward.score, sample(out, name, captions, seed), captions)
+        share, pairs = agreement(reward.score, sampler(out, name)(captions, seed), captions)
         print(f"{label(name)}: the reward orders {100 * share:.1f} % of {pairs} pairs of frames as their texture does",
               flush=True)
 
 
-def label(name, chunk=None):
+def label(name):
     """A generator's name: the folder of its model.safetensors, i.e. its run, or its file's name. What ends in -1, -2,
-    ... are seeds of the same. raven-1's model_000050.safetensors, of step 50, is raven_50-1; with another chunk size
-    than in training it is raven_50_chunk1-1."""
+    ... are seeds of the same. raven-1's model_000050.safetensors, of step 50, is raven_50-1."""
     path = Path(name)
     of_run = re.fullmatch(r"model(_\d+)?", path.stem)
-    marks = (f"_{int(of_run[1][1:])}" if of_run and of_run[1] else "") + (f"_chunk{chunk}" if chunk else "")
-    return re.sub(r"(-\d+)?$", rf"{marks}\1", path.parent.name if of_run else path.stem, count=1)
-
-
-def add_result(file, name, row):
-    """Add a row to a JSON file, to which other processes may add theirs at the same time."""
-    import fcntl
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "a+") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        f.seek(0)
-        rows = json.loads(f.read() or "{}") | {name: {k: round(v, 4) for k, v in row.items()}}
-        f.truncate(0)
-        f.write(json.dumps(rows, indent=2) + "\n")
-
-
-RESULTS = {"reward_last": "reward, last frame", "reward": "reward, all", "colour": "colour, %", "shape": "shape, %",
-           "texture": "texture, %", "texture_correlation": "texture correlation", "motion": "motion, %",
-           "path": "px per frame", "flicker": "flicker"}
-DRIFT = {f"{third}_{k}": f"{name}, {third}" for k, name in (
-    ("reward", "reward"), ("texture_correlation", "texture correlation"), ("texture", "texture, %"),
-    ("path", "px per frame")) for third in ("first", "last")}
-
-
-def by_run(rows):
-    """label -> row, as run -> rows of its seeds."""
-    runs = {}
-    for name, row in rows.items():
-        runs.setdefault(re.sub(r"-\d+$", "", name), []).append(row)
-    return runs
-
-
-def results_table(rows, columns=RESULTS):
-    """results.json or drift.json as a Markdown table: means over seeds, and their standard deviation."""
-    lines = ["| run | seeds | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 2) + "|"]
-    for name, some in by_run(rows).items():
-        cells = []
-        for key, title in columns.items():
-            values = torch.tensor([row[key] for row in some], dtype=torch.float64) * (100 if "%" in title else 1)
-            spread = f" ± {values.std():.{1 if '%' in title else 2}f}" if len(some) > 1 else ""
-            cells.append(f"{values.mean():.{1 if '%' in title else 2}f}{spread}")
-        lines.append(f"| {name} | {len(some)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    step = f"_{int(of_run[1][1:])}" if of_run and of_run[1] else ""
+    return re.sub(r"(-\d+)?$", rf"{step}\1", path.parent.name if of_run else path.stem, count=1)
 
 
 def keep(out, checkpoint, name):
@@ -1082,7 +1075,7 @@ def evaluate(out, count=200):
     """What the models in `out` reach on held-out captions; written to measured.json there."""
     _, held_out = split()
     result, captions = {"vae": reconstruct(load_vae(out), held_out[:min(50, count)])}, held_out[:count]
-    result["teacher"] = scorecard(sample(out, "teacher", captions), captions)
+    result["teacher"] = scorecard(sampler(out, "teacher")(captions), captions)
     result["real"] = scorecard(render(captions, generator=torch.Generator().manual_seed(8)), captions)
     return result
 
@@ -1092,11 +1085,15 @@ def evaluate(out, count=200):
 WORDS = {  # a generator's run, or its file in tests/tiny -> what it is called in a picture
     "teacher": "teacher, 50 steps", "student": "student, 4 steps", "ode": "ODE only", "reward": "reward forcing",
     "reward_forced": "reward forcing", "reward_random": "reward forcing, a random frame",
-    "reward_all": "reward forcing, all frames", "raven": "RAVEN", "self_forcing": "Self Forcing", "causvid": "CausVid",
-    "teacher_forcing": "teacher forcing", "raven_uniform": "RAVEN, chunks weighted alike",
-    "distill_reward": "reward + distillation", "raven_chunk1": "RAVEN frame by frame",
-    "reward_chunk1": "reward forcing frame by frame", "raven_cm": "RAVEN + CM-GRPO",
-    "reward_cm": "reward forcing + CM-GRPO", "reward_em": "reward forcing + Euler-Maruyama GRPO"}
+    "reward_all": "reward forcing, all frames", "reward_exact": "reward forcing, exact gradient",
+    "reward_random_exact": "reward forcing, a random frame, exact gradient", "raven": "RAVEN",
+    "self_forcing": "Self Forcing", "causvid": "CausVid", "teacher_forcing": "teacher forcing",
+    "raven_uniform": "RAVEN, chunks weighted alike", "distill_reward": "reward + distillation",
+    **{f"{run}_frame": f"{words} frame by frame" for run, words in (
+        ("ode", "ODE only"), ("reward", "reward forcing"), ("raven", "RAVEN"), ("self_forcing", "Self Forcing"),
+        ("causvid", "CausVid"))},
+    "raven_cm": "RAVEN + CM-GRPO", "reward_cm": "reward forcing + CM-GRPO",
+    "reward_em": "reward forcing + Euler-Maruyama GRPO"}
 
 
 def in_words(name):
@@ -1162,7 +1159,7 @@ def picture(out, generators, path, count=5):
     held_out = split()[1]  # each texture in turn, from all over the list
     captions = [next(c for c in held_out[200 // count * i:] if parse(c)["texture"] == TEXTURES[(i + 1) % 4])
                 for i in range(count)]
-    video = torch.stack([sample(out, name, captions) for name in generators])  # (G, N, 3, T, 64, 64)
+    video = torch.stack([sampler(out, name)(captions) for name in generators])  # (G, N, 3, T, 64, 64)
     frames = grid(magnify(video, 2), [in_words(name) for name in generators], captions).numpy()
     how = {"duration": 1000 / 16, "loop": 0, "quality": 70, "method": 4}  # under 1 MB
     imageio.v3.imwrite(path, frames, **({"fps": 16} if path.suffix == ".mp4" else how))
@@ -1197,7 +1194,7 @@ def closeup(out, before, after, path, count=200):
     """
     import imageio
     captions, names = split()[1][::200 // count], [in_words(before), in_words(after)]
-    last = torch.stack([sample(out, name, captions)[:, :, -1] for name in (before, after)])  # (2, N, 3, 64, 64)
+    last = torch.stack([sampler(out, name)(captions)[:, :, -1] for name in (before, after)])  # (2, N, 3, 64, 64)
     fit = [texture_fit(frames, captions) for frames in last]
     print(GAINS_RULE.format(count=len(captions), before=names[0], after=names[1]))
     chosen = []  # of each texture, the captions' places in the list, one for each of GAINS
@@ -1250,21 +1247,22 @@ def train(out, work, scale=1.0):
 
 def main():
     parser = argparse.ArgumentParser(description="The tiny world: train its models, or measure them.")
-    parser.add_argument("verb", choices=["train", "evaluate", "picture", "closeup", "compare", "drift", "judge",
-                                         "keep"])
+    parser.add_argument("verb", choices=["train", "evaluate", "picture", "closeup", "compare", "over_time",
+                                         "judge", "keep"])
     parser.add_argument("generators", nargs="*",
-                        help="for compare, drift, judge, picture: generators' files, or (not drift) `teacher`; for "
+                        help="for compare, over_time, judge, picture: generators' files, or `teacher`; for "
                              "closeup: two of them; for keep: a file and its name (default: for picture the teacher "
                              "and the committed generators, for closeup two of these, else the teacher)")
     parser.add_argument("--count", type=int,
-                        help="held-out captions for compare and closeup (default: 200), judge (100) and drift (40)")
-    parser.add_argument("--seed", type=int, default=0, help="for compare, drift and judge: of the noise")
-    parser.add_argument("--chunk", type=int, help="for compare: latent frames per chunk (default: as in training)")
+                        help="samples for compare (default: 500), over_time (40), closeup (200) and judge (100)")
+    parser.add_argument("--length", type=int, default=90, help="for over_time: latent frames of a rollout")
+    parser.add_argument("--seed", type=int, default=0, help="for compare, over_time and judge: of the noise")
     parser.add_argument("--to", type=Path, help="for picture: the file, .webp or .mp4 (default: tests/videos.webp); "
                         "for closeup: the file, .png (default: tests/closeup.png)")
     parser.add_argument("--captions", type=int, default=5, help="for picture: how many")
     parser.add_argument("--out", type=Path, default=HERE / "tiny", help="the model folder")
-    parser.add_argument("--results", type=Path, help="for compare and drift: where figures are kept (default: --out)")
+    parser.add_argument("--results", type=Path, help="for compare and over_time: figures go to RESULTS/measured (default: runs)",
+                        default=Path("runs"))
     parser.add_argument("--work", type=Path, default=Path("runs/tiny_world"), help="where a killed run goes on from")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the training steps, for a quick trial")
     args = parser.parse_args()
@@ -1278,9 +1276,9 @@ def main():
     elif args.verb == "keep":
         keep(args.out, *generators)
     elif args.verb == "compare":
-        compare(args.out, generators, args.results or args.out, args.count or 200, args.seed, args.chunk)
-    elif args.verb == "drift":
-        drift(args.out, generators, args.results or args.out, args.count or 40, args.seed)
+        compare(args.out, generators, args.results, args.count or 500, args.seed)
+    elif args.verb == "over_time":
+        over_time(args.out, generators, args.results, args.count or 40, args.length, args.seed)
     elif args.verb == "judge":
         judge(args.out, generators, args.count or 100, args.seed)
     elif args.verb == "picture":
