@@ -78,7 +78,8 @@ CAUSVID = {
     **SELF_FORCING, 'steps': 200, 'critic_lr': 2e-6, 'beta1': 0.9, 'guidance': 4.5, 'shift': 8.0
 }
 SETTINGS = {
-    'bidirectional': {**SELF_FORCING, 'guidance': 3.0},
+    # no alarm: Wan itself in a few steps, where it starts, is a blur
+    'bidirectional': {**SELF_FORCING, 'guidance': 3.0, 'motion_alarm': 0},
     'diffusion-forcing': CAUSVID,
     'teacher-forcing': CAUSVID,
     'self-forcing': SELF_FORCING,

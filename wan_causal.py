@@ -2686,9 +2686,9 @@ def training_flags(p, **paper):
                         'multiple of --save-every')
     g.add_argument('--sample-every', type=whole(0), default=50,
                    help='steps between sample videos, 0: none')
-    g.add_argument('--motion-alarm', type=number(0), default=0.5, metavar='SHARE',
-                   help='warn when the motion of the last 10 steps falls below this share of '
-                        'that of the first 10; 0: never')
+    g.add_argument('--motion-alarm', type=number(0), default=0.8, metavar='SHARE',
+                   help='warn when the sample videos move less than this share of what they did '
+                        'before the first step; 0: never')
     machine_flags(g)
     g.add_argument('--shard', action='store_true',
                    help='share weights, gradients, optimizers and averages out over the '
@@ -2955,7 +2955,7 @@ class Run:
         self.folder = Path(args.out)
         self.state, self.log = self.folder / 'state.pt', self.folder / 'metrics.jsonl'
         self.step = self.saved = self.began = 0
-        self.lines, self.warned = [], False  # of the log, on rank 0
+        self.warned = False  # of motion that falls
         settings = {k: v for k, v in vars(args).items() if k not in self.MAY_CHANGE}
         self.settings = {
             'stage': stage, 'samples per step': args.batch * args.accum * process.world,
@@ -2999,8 +2999,7 @@ class Run:
                              f'({type(error).__name__}: {first_line(error)}): give another '
                              '--out') from error
         if self.process.rank == 0:
-            self.lines = self.logged()
-            text = ''.join(line + '\n' for line in self.lines)
+            text = ''.join(line + '\n' for line in self.logged())
             replace_file(self.log, lambda path: path.write_text(text))
 
     def logged(self):
@@ -3052,23 +3051,27 @@ class Run:
                    'peak_gib': peak_memory(self.process.device)}
         if self.process.rank == 0:
             line = json.dumps({k: float(f'{v:.6g}') for k, v in metrics.items()})
-            self.lines.append(line)
             with writing(self.log), open(self.log, 'a') as file:
                 file.write(line + '\n')
             shown = {k: v for k, v in metrics.items() if k != 'step' and 'held_out' not in k}
             tqdm.write(f'step {self.step:>6}  {columns(shown)}', file=sys.stdout)
-            self.warn_when_still()
             sys.stdout.flush()
 
-    def warn_when_still(self):
-        """A warning, once, when the motion in metrics.jsonl has fallen below --motion-alarm of
-        what it was."""
-        start, last = mean_motion(self.lines)
-        if not self.warned and last < self.args.motion_alarm * start:
+    def warn_when_still(self, folder, measured):
+        """Keep what was measured of the samples in `folder` beside them, and warn, once, when
+        they move less than --motion-alarm of what they did before the first step: the same
+        prompts from the same noise, so that a difference is the training's."""
+        replace_file(folder / 'measured.json',
+                     lambda path: path.write_text(json.dumps(measured) + '\n'))
+        start = self.folder / 'samples/step_000000/measured.json'
+        if self.warned or not start.exists():
+            return
+        before, motion = read_json(start, dict)['held_out_motion'], measured['held_out_motion']
+        if motion < self.args.motion_alarm * before:
             self.warned = True
-            tqdm.write(f'warning: motion fell from {start:.4f} to {last:.4f}, and videos may '
-                       'become static: look at samples/, and stop, or go back to earlier '
-                       'weights', file=sys.stdout)
+            tqdm.write(f'warning: the motion of the held-out videos fell from {before:.4f} to '
+                       f'{motion:.4f}: look at samples/, and stop here, or go back to earlier '
+                       'weights (--keep-every)', file=sys.stdout)
 
     def due(self, every):
         """Whether something that happens every so many steps, and after the last one, happens
@@ -3131,6 +3134,7 @@ class Run:
         measured['held_out_motion'] = (sums[0] / sums[2]).item()
         if self.process.rank == 0:
             tqdm.write(f'sample {self.step:>4}  {columns(measured)}  {folder}', file=sys.stdout)
+            self.warn_when_still(folder, measured)
         # a step's seconds are those of training alone
         self.began += time.perf_counter() - began
         return measured
@@ -3144,14 +3148,6 @@ def file_name(prompt):
 def columns(metrics):
     """{name: number} as columns of one width, whatever the numbers are."""
     return '  '.join(f'{name} {value:<10.4g}' for name, value in metrics.items())
-
-
-def mean_motion(lines, count=10):
-    """Lines of metrics.jsonl -> mean motion of the first and of the last `count` of them; (0,
-    0) if they have none."""
-    rows = [json.loads(line).get('motion', 0) for line in (*lines[:count], *lines[-count:])]
-    half = len(rows) // 2
-    return sum(rows[:half]) / half, sum(rows[half:]) / half
 
 
 def peak_memory(device):

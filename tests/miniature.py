@@ -60,7 +60,7 @@ STAGES = {
     'teacher_forcing': (f'{CAUSAL} teacher-forcing --data {{data}}', 'ode', 1),
 }
 KEPT = (50, 100, 150)  # what has --keep-every is also measured as it was after these steps
-COUNT, COUNT_KEPT, COUNT_LONG = 500, 100, 40  # samples of a generator, of one on its way, and over time
+COUNT, COUNT_KEPT, COUNT_LONG = 500, 100, 24  # samples of a generator, of one on its way, and over time
 LONG = 90  # latent frames of a rollout over time: six times the trained length
 
 # What the papers say: (words, left run, right run, measurement, what is claimed of left and right, the paper's figure).
@@ -206,10 +206,16 @@ def claims_table(figures):
     """The papers' claims beside what was measured, as Markdown."""
     lines = ['| the papers say | their figure | measured here | difference | size that matters | seeds | holds |',
              '|---|---|---|---|---|---|---|']
-    for c in claims(figures):
-        lines.append(f'| {c["words"]} | {c["paper"]} | {WORDS[c["measurement"]]}: {tiny_world.WORDS[c["left"]]} '
-                     f'{c["ours"]:.2f}, {tiny_world.WORDS[c["right"]]} {c["theirs"]:.2f} | {c["gap"]:+.2f} ± '
-                     f'{c["half"]:.2f} | {c["size"]:.2f} | {c["seeds"][0]}, {c["seeds"][1]} | {verdict_words(c)} |')
+    decided = {(c['left'], c['right'], c['measurement']): c for c in claims(figures)}
+    for words, left, right, measurement, _, paper in CLAIMS:
+        names = [tiny_world.WORDS[run] for run in (left, right)]
+        if (c := decided.get((left, right, measurement))) is None:
+            lines.append(f'| {words} | {paper} | {WORDS[measurement]}: {names[0]}, {names[1]} | not run | – | – | – |')
+            continue
+        half = f'± {c["half"]:.2f}' if math.isfinite(c['half']) else '(no spread)'
+        lines.append(f'| {words} | {paper} | {WORDS[measurement]}: {names[0]} {c["ours"]:.2f}, {names[1]} '
+                     f'{c["theirs"]:.2f} | {c["gap"]:+.2f} {half} | {c["size"]:.2f} | {c["seeds"][0]}, {c["seeds"][1]} | '
+                     f'{verdict_words(c)} |')
     return '\n'.join(lines)
 
 
@@ -254,10 +260,11 @@ def new_figure(width, height, *grid, **how):
 def draw_claims(path, rows):
     """`claims` as a picture: each difference as a point in its interval, in sizes that matter."""
     figure, ((axes,),) = new_figure(11, 1.4 + 0.4 * len(rows), 1, 1)
+    limit = min(12, 1 + max(abs(c['gap']) / c['size'] for c in rows))
     axes.axvspan(-1, 1, color='#f0f0f0')
     axes.axvline(0, color='black', linewidth=1)
     for place, c in enumerate(rows):
-        gap, half = (max(-6, min(c[key] / c['size'], 6)) for key in ('gap', 'half'))
+        gap, half = (max(-limit, min(c[key] / c['size'], 2 * limit)) for key in ('gap', 'half'))  # what is seen of it
         axes.errorbar(gap, place, xerr=half, color=COLOURS[c['verdict']], fmt='o', elinewidth=3)
         if c['kind'] == 'keeps':
             axes.plot([-1, -1], [place - 0.4, place + 0.4], color='black', linewidth=1)
@@ -267,7 +274,7 @@ def draw_claims(path, rows):
             axes.text(-0.01, place, text, ha='right', va=side, transform=axes.get_yaxis_transform(), **style)
         axes.text(1.01, place, f'{c["ours"]:.2f} − {c["theirs"]:.2f}', va='center', fontsize=9,
                   transform=axes.get_yaxis_transform())
-    axes.set_xlim(-6, 6)
+    axes.set_xlim(-limit, limit)
     axes.set_ylim(len(rows) - 0.4, -0.6)  # the first claim on top
     axes.set_yticks([])
     axes.spines['left'].set_visible(False)

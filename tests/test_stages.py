@@ -495,7 +495,9 @@ def test_two_ranks_and_accumulation_equal_one_process_with_the_whole_batch(stage
                 assert x[key] == pytest.approx(y[key], rel=2e-3, abs=1e-4), key
     for step in ("step_000000", "step_000002"):  # what it starts from, and what has come of it
         names = sorted(path.name for path in (tmp_path / "one/samples" / step).iterdir())
-        assert [name[:4] for name in names] == ["0_a_", "1_a_", "2_a_", "3_a_"]
+        assert [name[:4] for name in names] == ["0_a_", "1_a_", "2_a_", "3_a_", "meas"]
+    measured = json.loads((tmp_path / "one/samples/step_000002/measured.json").read_text())
+    assert measured["held_out_motion"] == pytest.approx(metrics(tmp_path / "one")[-1]["held_out_motion"], rel=1e-5)
     settings = json.loads((tmp_path / "one/settings.json").read_text())
     assert settings["stage"] == command(stage, made)[0].removesuffix(".py") and settings["lr"] == 1e-4
     assert [("held_out_motion" in row) for row in metrics(tmp_path / "one")] == [False, True]
@@ -556,16 +558,27 @@ def test_the_result_is_written_before_the_state(tmp_path):
 
 
 def test_a_run_whose_motion_falls_says_so_once(tmp_path, capsys):
-    lines = [f'{{"motion": {m}}}' for m in [0.2, 0.4] * 5 + [9] * 3 + [0.1] * 10]
-    assert wc.mean_motion(lines) == pytest.approx((0.3, 0.1))
-    assert wc.mean_motion(lines[:1]) == pytest.approx((0.2, 0.2))
-    args = ["--init", "x", "--out", str(tmp_path / "run"), "--steps", "30", "--motion-alarm", "0.5"]
+    """Below --motion-alarm of what the samples before the first step moved, also after it was resumed."""
+    args = reward_forcing.parse_args(["--init", "x", "--out", str(tmp_path), "--steps", "30", "--motion-alarm", "0.6"])
+
+    def said(motion):
+        (tmp_path / f"samples/step_{training.step:06d}").mkdir(parents=True)
+        training.warn_when_still(tmp_path / f"samples/step_{training.step:06d}", {"held_out_motion": motion})
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     with wc.processes("cpu") as process:
-        training = wc.Run("reward_forcing", reward_forcing.parse_args(args), process, [])
-        for step in training.steps():
-            training.report(motion=1 / (1 + step))
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
-    assert len(said) == 1 and said[0].startswith("warning: motion fell from 0.2929 to 0.")
+        training = wc.Run("reward_forcing", args, process, [])
+        assert said(0.5) == []
+        for training.step, motion in ((10, 0.4), (20, 0.31)):
+            assert said(motion) == []
+        training.step = 30
+        line, = said(0.29)
+        assert line.startswith("warning: the motion of the held-out videos fell from 0.5000 to 0.2900: ")
+        training.step = 40
+        assert said(0.1) == []  # it was said
+        training = wc.Run("reward_forcing", args, process, [])
+        training.step = 50
+        assert len(said(0.1)) == 1
+    assert json.loads((tmp_path / "samples/step_000030/measured.json").read_text()) == {"held_out_motion": 0.29}
 
 
 def test_a_run_is_not_resumed_with_other_trajectories(made, tmp_path):

@@ -908,7 +908,7 @@ DEFAULTS = {
     "ode_init train": {"steps": 300, "lr": 3e-4, "ema": 0.98, "sample_every": 200},
     "reward_forcing": {"batch": 4, "steps": 200, "lr": 5e-5, "ema": 0.98,
                        "init": "ode.safetensors"},
-    "cm_grpo": {"init": "reward_forced.safetensors", "frames": 5, "chunk": 1, "steps": 45, "lr": 2e-4, "ema": 0.9,
+    "cm_grpo": {"init": "raven_frame.safetensors", "frames": 5, "steps": 45, "lr": 2e-4, "ema": 0.9,
                 "batch": 32, "group": 16, "prompts_per_step": 4, "lora_rank": 16, "lora_alpha": 16,
                 "rewards": ["imagereward=1", "motion=0.35", "smoothness=0.75"]},
 }
@@ -1266,7 +1266,7 @@ def main():
     parser.add_argument("--work", type=Path, default=Path("runs/tiny_world"), help="where a killed run goes on from")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the training steps, for a quick trial")
     args = parser.parse_args()
-    kept = [str(HERE / f"tiny/{name}.safetensors") for name in ("ode", "reward_forced", "raven")]
+    kept = [str(HERE / f"tiny/{name}.safetensors") for name in ("ode", "reward_forced", "raven_frame")]
     default = {"picture": ["teacher", *kept], "closeup": kept[:2]}.get(args.verb, ["teacher"])
     generators = args.generators or default
     if args.verb == "closeup" and len(generators) != 2:
