@@ -547,8 +547,8 @@ def video_file(path, args):
 
 def load(args, folder, process):
     """The models in --model's folder and the weights that the flags name, on this process's
-    device: (model, vae, text encoder). What the flags leave to the checkpoint is filled in: args.timesteps (None: the teacher's
-    solver) and args.chunk."""
+    device: (model, vae, text encoder). What the flags leave to the checkpoint is filled in:
+    args.timesteps (None: the teacher's solver) and args.chunk."""
     dtype = compute_dtype(args, process.device)
     model, kind = load_dit(folder), 'bidirectional' if args.bidirectional else 'causal'
     metadata = load_checkpoint(model, args.weights, ema=not args.no_ema) if args.weights else {}

@@ -83,7 +83,8 @@ CLAIMS = [
     ('the same frame by frame', 'raven_frame', 'self_forcing_frame', 'reward', 'more', 'RAVEN: –'),
     ('RAVEN moves more than Self Forcing', 'raven', 'self_forcing', 'path', 'more', 'RAVEN, VLM: 2.951 against 2.543'),
     ('the same frame by frame', 'raven_frame', 'self_forcing_frame', 'path', 'more', 'RAVEN: –'),
-    ('RAVEN is better late in a long video', 'raven', 'self_forcing', 'late_reward', 'more', 'our question: RAVEN has no number'),
+    ('RAVEN is better late in a long video', 'raven', 'self_forcing', 'late_reward', 'more',
+     'our question: RAVEN has no number'),
     ('the same frame by frame', 'raven_frame', 'self_forcing_frame', 'late_reward', 'more', 'our question'),
     ('Self Forcing is better than CausVid', 'self_forcing', 'causvid', 'reward', 'more', 'RF, VBench: 84.31 against 81.20'),
     ('the same frame by frame', 'self_forcing_frame', 'causvid_frame', 'reward', 'more', 'RF, VBench: 84.26 against 81.20'),
@@ -105,8 +106,8 @@ of the difference caption by caption, itself the mean over seeds. A size that ma
 ODE only lacks to the teacher (mean of chunk-wise and frame by frame), and nothing else. "more" is yes above 0, no below;
 "keeps" is yes above minus that size, no below. Where the interval holds both, it is an answer if it reaches no further than
 that size to either side of its middle: no difference larger than what it reaches to. Else it is unclear."""
-WORDS = {'path': 'pixels per frame', 'reward': 'reward', 'texture_correlation': 'texture correlation',
-         'flicker': 'flicker', 'late_reward': 'reward, late'}  # of the measurements
+MEASUREMENTS = {'path': 'pixels per frame', 'reward': 'reward', 'texture_correlation': 'texture correlation',
+                'flicker': 'flicker', 'late_reward': 'reward, late'}  # what they are called
 COLOURS = {'yes': '#2a8f4a', 'alike': '#1f6fb4', 'no': '#d1541f', 'unclear': '#999999'}  # of a verdict
 VERDICTS = {'yes': 'yes', 'alike': 'no difference larger than what the line reaches to', 'no': 'no', 'unclear': 'unclear'}
 
@@ -210,10 +211,10 @@ def claims_table(figures):
     for words, left, right, measurement, _, paper in CLAIMS:
         names = [tiny_world.WORDS[run] for run in (left, right)]
         if (c := decided.get((left, right, measurement))) is None:
-            lines.append(f'| {words} | {paper} | {WORDS[measurement]}: {names[0]}, {names[1]} | not run | – | – | – |')
+            lines.append(f'| {words} | {paper} | {MEASUREMENTS[measurement]}: {", ".join(names)} | not run | – | – | – |')
             continue
         half = f'± {c["half"]:.2f}' if math.isfinite(c['half']) else '(no spread)'
-        lines.append(f'| {words} | {paper} | {WORDS[measurement]}: {names[0]} {c["ours"]:.2f}, {names[1]} '
+        lines.append(f'| {words} | {paper} | {MEASUREMENTS[measurement]}: {names[0]} {c["ours"]:.2f}, {names[1]} '
                      f'{c["theirs"]:.2f} | {c["gap"]:+.2f} {half} | {c["size"]:.2f} | {c["seeds"][0]}, {c["seeds"][1]} | '
                      f'{verdict_words(c)} |')
     return '\n'.join(lines)
@@ -268,7 +269,7 @@ def draw_claims(path, rows):
         axes.errorbar(gap, place, xerr=half, color=COLOURS[c['verdict']], fmt='o', elinewidth=3)
         if c['kind'] == 'keeps':
             axes.plot([-1, -1], [place - 0.4, place + 0.4], color='black', linewidth=1)
-        compared = f'{WORDS[c["measurement"]]}: {tiny_world.WORDS[c["left"]]} against {tiny_world.WORDS[c["right"]]}'
+        compared = f'{MEASUREMENTS[c["measurement"]]}: {tiny_world.WORDS[c["left"]]} against {tiny_world.WORDS[c["right"]]}'
         for text, side, style in ((c['words'], 'bottom', {'fontsize': 10}),
                                   (compared, 'top', {'fontsize': 8, 'color': '#666666'})):
             axes.text(-0.01, place, text, ha='right', va=side, transform=axes.get_yaxis_transform(), **style)
@@ -307,7 +308,7 @@ def draw_over_time(path, figures, window=5):
                              linewidth=1, label='teacher, at its own length')
             for times in (1, 3):
                 some.axvline(15 * times, color='black', linewidth=0.5)
-            some.set_title(f'{WORDS[key]}, {title}', fontsize=10)
+            some.set_title(f'{MEASUREMENTS[key]}, {title}', fontsize=10)
     for some in axes[-1]:
         some.set_xlabel('latent frame (lines: one and three times the trained length)')
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside upper center', ncols=6, frameon=False)
@@ -482,8 +483,8 @@ def report(folder, pictures):
     for measurement in ('reward', 'texture_correlation', 'path', 'flicker', 'late_reward'):
         size, (spread, freedom) = size_that_matters(figures, measurement), pooled_spread(figures, measurement)
         if size is not None:
-            print(f'{WORDS[measurement]}: size that matters {size:.3f}, spread over seeds {spread:.3f} ({freedom} degrees '
-                  'of freedom)')
+            print(f'{MEASUREMENTS[measurement]}: size that matters {size:.3f}, spread over seeds {spread:.3f} '
+                  f'({freedom} degrees of freedom)')
     print('\n' + claims_table(figures))
     if rows := list(claims(figures)):
         draw_claims(pictures / 'claims.png', rows)

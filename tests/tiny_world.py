@@ -362,10 +362,10 @@ def measure_clip(clip, looks):
             "flicker": flicker(rgb, mask, path), "sharpness": sharpness(rgb[:, some], mask[some])}
 
 
-def scores(video, captions):
-    """Of each clip what `scorecard` is the mean of: one dict of numbers per clip."""
+def scores(video, captions, looks=12):
+    """Of each clip what `scorecard` is the mean of: one dict of numbers per clip. looks: see `measure`."""
     rows = []
-    for seen, caption in zip(measure(video), captions, strict=True):
+    for seen, caption in zip(measure(video, looks), captions, strict=True):
         words = parse(caption)
         row = {name: float(seen[name] == word) for name, word in words.items()}
         row["all"] = min(row.values())
@@ -385,8 +385,7 @@ def scorecard(video, captions):
 
 def texture_fit(frames, captions):
     """Images (N, 3, 64, 64), captions -> each one's correlation with the texture of its caption, as in `scorecard`."""
-    return [seen["texture_scores"][parse(caption)["texture"]]
-            for seen, caption in zip(measure(frames.unsqueeze(2)), captions, strict=True)]
+    return [row["texture_correlation"] for row in scores(frames.unsqueeze(2), captions)]
 
 
 # ----------------------------------------------------------------------------------------- training parts
@@ -841,11 +840,12 @@ def random_captions(captions, count, seed=12):
 # ------------------------------------------------------------------------------- assembling and evaluating
 
 def save_half(state, folder, name="diffusion_pytorch_model.safetensors", metadata=None):
-    """Tensors as a float16 safetensors file."""
+    """Tensors as a float16 safetensors file, whole or not at all."""
     from safetensors.torch import save_file
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().half().contiguous() for key, value in state.items()}
-    save_file(state, folder / name, metadata=metadata or {"format": "pt"})
+    replace_file(folder / name,
+                 lambda temporary: save_file(state, temporary, metadata=metadata or {"format": "pt"}))
 
 
 def write_json(path, content):
@@ -1005,28 +1005,24 @@ def over_time(out, generators, results, count=40, frames=90, seed=0):
     """
     captions, reward = split()[1][::200 // count][:count], load_image_reward(out / "reward_model")
     for name in generators:
-        video = sampler(out, name)(captions, seed, 15 if name == "teacher" else frames)
+        length = 15 if name == "teacher" else frames
+        video = sampler(out, name)(captions, seed, length)
         curves = {"reward": frame_rewards(reward, video, captions)[:, 1:]}  # (N, F - 1)
         pieces = [clip.unfold(1, 5, 4).permute(1, 0, 4, 2, 3) for clip in video]  # (F - 1, 3, 5, 64, 64) each
-        rows = [[{**seen, "texture_correlation": seen["texture_scores"][parse(caption)["texture"]]}
-                 for seen in measure(piece, looks=2)] for piece, caption in zip(pieces, captions)]
+        rows = [scores(piece, [caption] * len(piece), looks=2) for piece, caption in zip(pieces, captions)]
         for key in OVER_TIME[1:]:
-            curves[key] = torch.tensor([[seen[key] for seen in row] for row in rows])
-        half = video[0, 0, ::4].shape[0] // 2
+            curves[key] = torch.tensor([[row[key] for row in of_clip] for of_clip in rows])
+        late = {key: curve[:, length // 2 - 1:].mean(1) for key, curve in curves.items()}
         keep_measured(results, f"{label(name)}.long",
                       {f"time_{key}": curve.mean(0) for key, curve in curves.items()} |
-                      {f"late_{key}": curve[:, half - 1:].mean(1) for key, curve in curves.items()})
-        print(label(name), *(f"{key} {curve[:, :14].mean():.3f} and late {curve[:, half - 1:].mean():.3f}"
+                      {f"late_{key}": value for key, value in late.items()})
+        print(label(name), *(f"{key} {curve[:, :14].mean():.3f} and late {late[key].mean():.3f}"
                              for key, curve in curves.items()), flush=True)
 
 
 def keep_measured(results, name, numbers):
-    """Write <results>/measured/<name>.safetensors, whole or not at all: half precision is more than they are worth."""
-    from safetensors.torch import save_file
-    path = Path(results) / f"measured/{name}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    halves = {key: value.half().contiguous() for key, value in numbers.items()}
-    replace_file(path, lambda temporary: save_file(halves, temporary))
+    """Write <results>/measured/<name>.safetensors; half precision is more than the numbers are worth."""
+    save_half(numbers, Path(results) / "measured", f"{name}.safetensors")
 
 
 def agreement(score, video, captions, margin=0.15):
@@ -1261,8 +1257,8 @@ def main():
                         "for closeup: the file, .png (default: tests/closeup.png)")
     parser.add_argument("--captions", type=int, default=5, help="for picture: how many")
     parser.add_argument("--out", type=Path, default=HERE / "tiny", help="the model folder")
-    parser.add_argument("--results", type=Path, help="for compare and over_time: figures go to RESULTS/measured (default: runs)",
-                        default=Path("runs"))
+    parser.add_argument("--results", type=Path, default=Path("runs"),
+                        help="for compare and over_time: figures go to RESULTS/measured (default: runs)")
     parser.add_argument("--work", type=Path, default=Path("runs/tiny_world"), help="where a killed run goes on from")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the training steps, for a quick trial")
     args = parser.parse_args()
