@@ -40,6 +40,7 @@ import operator
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -2510,6 +2511,16 @@ def counted(n, thing):
     return f'{n} {thing}' + 's' * (n != 1)
 
 
+INTERRUPTS = []  # every Ctrl-C
+
+
+def on_ctrl_c(number, frame):
+    """What Python does too, and keep it: the exception is lost where it arises in a destructor or
+    under C code that drops what it did not raise. A training looks here at every step."""
+    INTERRUPTS.append(number)
+    raise KeyboardInterrupt
+
+
 def run_script(main):
     """Call main(); what the user can mend is printed in one sentence, with exit code 2 and no
     traceback. A fault of the code keeps its traceback. Under torchrun either comes from the
@@ -2517,6 +2528,8 @@ def run_script(main):
     if isinstance(sys.stdout, io.TextIOWrapper):
         # any prompt or path can be printed, whatever the encoding
         sys.stdout.reconfigure(errors='backslashreplace')
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not under nohup
+        signal.signal(signal.SIGINT, on_ctrl_c)
     try:
         main()
         sys.stdout.flush()
@@ -3016,6 +3029,8 @@ class Run:
         """The steps to do, from 0 on. While one is under way, self.step is its number from 1
         on."""
         for step in range(self.step, self.args.steps):
+            if INTERRUPTS:
+                raise KeyboardInterrupt
             self.step, self.began = step + 1, time.perf_counter()
             yield step
             self.bar.update()

@@ -264,6 +264,35 @@ def test_one_run_in_one_folder(trained):
         {k: v for k, v in before.items() if k not in told}
 
 
+class Loses:
+    """What arises in its destructor, Python drops."""
+
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.quick
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_ctrl_c_that_gets_lost_ends_the_run_at_the_next_step(resumed, capfd, monkeypatch):
+    begun, steps = resumed(lambda state, log: None), []
+    begun.step, begun.args.steps = 0, 3
+
+    def main():
+        for step in begun.steps():
+            steps.append(step)
+            if step == 1:
+                Loses()
+    monkeypatch.setattr(wc, "INTERRUPTS", [])
+    usual = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as end:
+            wc.run_script(main)
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    assert end.value.code == 130 and capfd.readouterr().err.splitlines()[-1] == "error: stopped by Ctrl-C"
+    assert steps == [0, 1]
+
+
 def test_a_result_is_not_written_over_where_the_state_is_gone(trained, tmp_path):
     (tmp_path / "model.safetensors").write_bytes((trained / "model.safetensors").read_bytes())
     for flags in ([], ["--resume"]):
