@@ -154,20 +154,20 @@ def read_suite(path):
 
 def checked_suite(entries, path):
     """The entries, if each has what is needed, and a prompt that can name its videos."""
-    for number, entry in enumerate(entries):
+    for i, entry in enumerate(entries):
         prompt, names = (entry.get(key)
                          for key in ('prompt_en',
                                      'dimension')) if isinstance(entry, dict) else (0, 0)
         if not isinstance(prompt, str) or not prompt.strip() or not isinstance(names, list):
-            raise InputError(f'{path}: entry {number} is not {{"prompt_en": text, "dimension": '
+            raise InputError(f'{path}: entry {i} is not {{"prompt_en": text, "dimension": '
                              '[names]}')
         if unknown := [name for name in names if name not in VBENCH and name not in TINY]:
-            raise InputError(f'{path}: entry {number} has the unknown dimension {unknown[0]!r}')
+            raise InputError(f'{path}: entry {i} has the unknown dimension {unknown[0]!r}')
         if '/' in prompt or '\0' in prompt or len(prompt.encode(errors='replace')) > 230:
-            raise InputError(f'{path}: the prompt of entry {number} cannot be a file name: '
+            raise InputError(f'{path}: the prompt of entry {i} cannot be a file name: '
                              f'{prompt[:60]!r}')
         if 'appearance_style' in names and not isinstance(style(entry), str):
-            raise InputError(f'{path}: entry {number} has no auxiliary_info for '
+            raise InputError(f'{path}: entry {i} has no auxiliary_info for '
                              'appearance_style')
     return entries
 
@@ -198,12 +198,12 @@ def video_names(entries, wanted, samples=5):
     A prompt that appears twice has one set of videos, which belongs to its first entry.
     """
     videos, first = {}, {}
-    for number, entry in enumerate(entries):
-        prompt, number = entry['prompt_en'], first.setdefault(entry['prompt_en'], number)
+    for place, entry in enumerate(entries):
+        prompt, place = entry['prompt_en'], first.setdefault(entry['prompt_en'], place)
         if set(wanted) & set(entry['dimension']):
             for i in range(5 *
                            samples if 'temporal_flickering' in entry['dimension'] else samples):
-                videos[f'{prompt}-{i}.mp4'] = number, i
+                videos[f'{prompt}-{i}.mp4'] = place, i
     return videos
 
 

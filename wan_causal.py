@@ -3072,16 +3072,16 @@ class Run:
             tqdm.write(f'step {self.step:>6}  {columns(shown)}', file=sys.stdout)
             sys.stdout.flush()
 
-    def warn_when_still(self, folder, measured):
-        """Keep what was measured of the samples in `folder` beside them, and warn, once, when
-        they move less than --motion-alarm of what they did before the first step: the same
-        prompts from the same noise, so that a difference is the training's."""
-        replace_file(folder / 'measured.json',
-                     lambda path: path.write_text(json.dumps(measured) + '\n'))
+    def warn_when_still(self, motion):
+        """Warn, once, when the samples move less than --motion-alarm of what they did before the
+        first step: the same prompts from the same noise, so a difference is the training's."""
         start = self.folder / 'samples/step_000000/measured.json'
         if self.warned or not start.exists():
             return
-        before, motion = read_json(start, dict)['held_out_motion'], measured['held_out_motion']
+        before = read_json(start, dict).get('held_out_motion')
+        if not isinstance(before, (int, float)):
+            raise InputError(f'{start} has no number "held_out_motion": delete the file, and '
+                             'motion is not watched any more')
         if motion < self.args.motion_alarm * before:
             self.warned = True
             tqdm.write(f'warning: the motion of the held-out videos fell from {before:.4f} to '
@@ -3121,8 +3121,9 @@ class Run:
     def samples(self, model, vae, text, prompts, shape, steps, chunks, reward=None):
         """Videos of the held-out prompts, shared out over processes, in
         samples/step_<step>/<i>_<prompt>.mp4; prompt i has the same noise every time. Returns
-        what was measured of them: {'held_out_motion': mean difference of neighbouring frames},
-        and with reward(video (1, 3, T, H, W), [prompt]) -> (1,) also 'held_out'."""
+        what was measured of them, which measured.json beside them keeps: {'held_out_motion':
+        mean difference of neighbouring frames}, and with reward(video (1, 3, T, H, W), [prompt])
+        -> (1,) also 'held_out'."""
         import imageio
         folder, began = self.folder / 'samples' / f'step_{self.step:06d}', time.perf_counter()
         sums = torch.zeros(3, device=self.process.device)  # motion, reward, how many
@@ -3149,7 +3150,9 @@ class Run:
         measured['held_out_motion'] = (sums[0] / sums[2]).item()
         if self.process.rank == 0:
             tqdm.write(f'sample {self.step:>4}  {columns(measured)}  {folder}', file=sys.stdout)
-            self.warn_when_still(folder, measured)
+            replace_file(folder / 'measured.json',
+                         lambda path: path.write_text(json.dumps(measured) + '\n'))
+            self.warn_when_still(measured['held_out_motion'])
         # a step's seconds are those of training alone
         self.began += time.perf_counter() - began
         return measured

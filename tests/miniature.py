@@ -2,6 +2,7 @@
 
     python tests/miniature.py                   # everything; a killed run goes on where it was
     python tests/miniature.py ode reward        # what these runs need, and these
+    python tests/miniature.py --seeds 2 3       # these seeds only, as on a second machine; then copy RUNS/measured together
     python tests/miniature.py --fast            # every stage for a few steps: shows that it runs, proves nothing
     python tests/miniature.py --draw tests/tiny # no runs: the tables and pictures again, of the figures kept there
 
@@ -153,11 +154,10 @@ def t_quantile(share, freedom):
     return freedom ** 0.5 * math.tan(angle[torch.searchsorted(below, share)])
 
 
-def caption_variance(difference):
-    """The variance of the mean of differences (samples,), captions taken at random: the samples of a caption, every
-    200th, are averaged first."""
-    each = torch.stack([difference[i::200].mean() for i in range(min(200, len(difference)))])
-    return float(each.var()) / len(each)
+def by_caption(figures, run, measurement):
+    """The means over all seeds and all samples of a caption, which are every 200th, (captions,)."""
+    return torch.stack([torch.stack([samples[i::200].mean() for i in range(min(200, len(samples)))])
+                        for samples in figures[run][measurement].values()]).mean(0)
 
 
 def size_that_matters(figures, measurement):
@@ -184,12 +184,12 @@ def claims(figures):
         if size is None or not all(measurement in figures.get(run, {}) for run in (left, right)):
             continue
         ours, theirs = (over_seeds(figures, run, measurement) for run in (left, right))
-        samples = [torch.stack(list(figures[run][measurement].values())).mean(0) for run in (left, right)]
+        captions = by_caption(figures, left, measurement) - by_caption(figures, right, measurement)
         gap = float(ours.mean() - theirs.mean())
         spread, freedom = pooled_spread(figures, measurement)
         half = math.inf
         if freedom:
-            variance = spread ** 2 * (1 / len(ours) + 1 / len(theirs)) + caption_variance(samples[0] - samples[1])
+            variance = spread ** 2 * (1 / len(ours) + 1 / len(theirs)) + float(captions.var()) / len(captions)
             half = t_quantile(0.975, freedom) * variance ** 0.5
         yield dict(words=words, left=left, right=right, measurement=measurement, kind=kind, paper=paper, gap=gap,
                    ours=float(ours.mean()), theirs=float(theirs.mean()), seeds=(len(ours), len(theirs)), half=half,
@@ -357,11 +357,11 @@ def plan(runs, names, fast, seeds):
     for name in reversed(STAGES):  # and what they start from
         if name in wanted and STAGES[name][1]:
             wanted.add(STAGES[name][1])
-    number = {name: 1 if fast or name == 'student' else seeds or STAGES[name][2] for name in STAGES}
-    for name in reversed(STAGES):  # a start has no fewer seeds than what starts from it
+    of = {name: {0} if fast or name == 'student' else set(seeds or range(STAGES[name][2])) for name in STAGES}
+    for name in reversed(STAGES):  # a start has all seeds of what starts from it
         start = STAGES[name][1]
         if name in wanted and start not in (None, 'student'):
-            number[start] = max(number[start], number[name])
+            of[start] |= of[name]
     data, some = runs / 'trajectories', ['--count', '2'] if fast else []
     short = ['--steps', '2', '--batch', '1'] if fast else []
 
@@ -369,8 +369,8 @@ def plan(runs, names, fast, seeds):
         return ['tests/tiny_world.py', verb, str(file), '--results', str(runs), '--count', str(2 if fast else count),
                 *flags]
     jobs = {'trajectories': (['ode_init.py', 'sample', '--out', str(data), *some], [])}
-    for seed, name in itertools.product(range(max(number.values())), STAGES):
-        if name not in wanted or seed >= number[name]:
+    for seed, name in itertools.product(sorted(set.union(*of.values())), STAGES):
+        if name not in wanted or seed not in of[name]:
             continue
         line, start, _ = STAGES[name]
         out, needs = runs / f'{name}-{seed}', []
@@ -392,7 +392,7 @@ def plan(runs, names, fast, seeds):
         else:
             jobs[f'{out.name} over time'] = (
                 measure('over_time', file, COUNT_LONG, '--length', str(18 if fast else LONG)), [out.name])
-    first = [name for name in jobs if name.endswith('-0')]
+    first = [name for name in jobs if name in ('student-0', *(f'{run}-{min(of[run])}' for run in STAGES))]
     files = [str(runs / name / 'model.safetensors') for name in first]
     jobs[f'video of {len(first)} runs'] = (
         ['tests/tiny_world.py', 'picture', *files, '--to', str(runs / 'generators.mp4'),
@@ -499,7 +499,8 @@ def main():
     p = argparse.ArgumentParser(description='All stages of both papers in the tiny world, one after the other.')
     p.add_argument('names', nargs='*', metavar='RUN', help=f'only these of {", ".join(STAGES)}, and what they need')
     p.add_argument('--runs', type=Path, help='the folder of all runs (default: runs/miniature, or runs/miniature_fast)')
-    p.add_argument('--seeds', type=int, help='seeds of each but the student (default: four of what a claim compares, else one)')
+    p.add_argument('--seeds', type=int, nargs='+', metavar='S', help='these seeds of all but the student (default: 0 to 3 of '
+                   'what a claim compares, 0 of the rest)')
     p.add_argument('--jobs', type=int, default=2, help='stages side by side, each on one thread')
     p.add_argument('--fast', action='store_true', help='a few steps of each stage')
     p.add_argument('--draw', type=Path, metavar='FOLDER',
@@ -515,7 +516,7 @@ def main():
     minutes = sum(int((runs / f'logs/{name}.done').read_text().split()[0]) for name in jobs) / 60
     print(f'{len(jobs)} jobs of {minutes:.0f} minutes together, {minutes / args.jobs:.0f} with {args.jobs} at a time\n')
     curves = {name: read_curves(runs, name, 'reward_imagereward', WINDOW) for name in
-              ('raven_cm', 'reward_cm', 'reward_em') if (runs / f'{name}-0/metrics.jsonl').exists()}
+              ('raven_cm', 'reward_cm', 'reward_em') if any(runs.glob(f'{name}-[0-9]/metrics.jsonl'))}
     if curves:
         (runs / 'curves.json').write_text(json.dumps(curve_bands(curves)) + '\n')
     gather(runs)

@@ -561,13 +561,16 @@ def test_a_run_whose_motion_falls_says_so_once(tmp_path, capsys):
     """Below --motion-alarm of what the samples before the first step moved, also after it was resumed."""
     args = reward_forcing.parse_args(["--init", "x", "--out", str(tmp_path), "--steps", "30", "--motion-alarm", "0.6"])
 
+    start = tmp_path / "samples/step_000000/measured.json"
+    start.parent.mkdir(parents=True)
+
     def said(motion):
-        (tmp_path / f"samples/step_{training.step:06d}").mkdir(parents=True)
-        training.warn_when_still(tmp_path / f"samples/step_{training.step:06d}", {"held_out_motion": motion})
+        training.warn_when_still(motion)
         return [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     with wc.processes("cpu") as process:
         training = wc.Run("reward_forcing", args, process, [])
-        assert said(0.5) == []
+        assert said(0.1) == []  # no samples were made before the first step
+        start.write_text('{"held_out_motion": 0.5}')
         for training.step, motion in ((10, 0.4), (20, 0.31)):
             assert said(motion) == []
         training.step = 30
@@ -578,7 +581,10 @@ def test_a_run_whose_motion_falls_says_so_once(tmp_path, capsys):
         training = wc.Run("reward_forcing", args, process, [])
         training.step = 50
         assert len(said(0.1)) == 1
-    assert json.loads((tmp_path / "samples/step_000030/measured.json").read_text()) == {"held_out_motion": 0.29}
+        training = wc.Run("reward_forcing", args, process, [])
+        start.write_text('{"held_out_motion": null}')
+        with pytest.raises(wc.InputError, match='measured.json has no number "held_out_motion": delete the file'):
+            said(0.1)
 
 
 def test_a_run_is_not_resumed_with_other_trajectories(made, tmp_path):

@@ -995,7 +995,7 @@ def compare(out, generators, results, count=500, seed=0):
         print(label(name), *(f"{key} {sum(row[key] for row in rows) / count:.3f}" for key in COMPARED), flush=True)
 
 
-def over_time(out, generators, results, count=40, frames=90, seed=0):
+def over_time(out, generators, results, count=24, frames=90, seed=0):
     """Measurements by latent frame of rollouts of so many of them (the teacher's: of 15), the window 15: to
     <results>/measured/<label>.long.safetensors, of each of OVER_TIME the mean over the captions, `time_<name>`
     (frames - 1,), and for each caption the mean over the second half of the rollout, `late_<name>` (count,).
