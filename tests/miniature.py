@@ -61,7 +61,7 @@ STAGES = {
     'teacher_forcing': (f'{CAUSAL} teacher-forcing --data {{data}}', 'ode', 1),
 }
 KEPT = (50, 100, 150)  # what has --keep-every is also measured as it was after these steps
-COUNT, COUNT_KEPT, COUNT_LONG = 500, 100, 24  # samples of a generator, of one on its way, and over time
+COUNT, COUNT_KEPT, COUNT_LONG = 200, 100, 24  # samples: each held-out caption once; of a run on its way; over time
 LONG = 90  # latent frames of a rollout over time: six times the trained length
 
 # What the papers say: (words, left run, right run, measurement, what is claimed of left and right, the paper's figure).

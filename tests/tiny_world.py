@@ -975,7 +975,7 @@ COMPARED = ("reward_last", "reward", "colour", "shape", "texture", "texture_corr
 OVER_TIME = ("reward", "texture_correlation", "path", "flicker")
 
 
-def compare(out, generators, results, count=500, seed=0):
+def compare(out, generators, results, count=200, seed=0):
     """What generators show of held-out captions, to <results>/measured/<label>.safetensors: each of COMPARED as
     (count,), a number for each sample.
 
@@ -1241,6 +1241,9 @@ def train(out, work, scale=1.0):
     print(json.dumps(result, indent=1))
 
 
+SAMPLES = {"compare": 200, "over_time": 24, "closeup": 200, "judge": 100}  # without --count
+
+
 def main():
     parser = argparse.ArgumentParser(description="The tiny world: train its models, or measure them.")
     parser.add_argument("verb", choices=["train", "evaluate", "picture", "closeup", "compare", "over_time",
@@ -1249,8 +1252,8 @@ def main():
                         help="for compare, over_time, judge, picture: generators' files, or `teacher`; for "
                              "closeup: two of them; for keep: a file and its name (default: for picture the teacher "
                              "and the committed generators, for closeup two of these, else the teacher)")
-    parser.add_argument("--count", type=int,
-                        help="samples for compare (default: 500), over_time (40), closeup (200) and judge (100)")
+    parser.add_argument("--count", type=int, help="samples for " + ", ".join(
+        f"{verb} (default: {count})" for verb, count in SAMPLES.items()))
     parser.add_argument("--length", type=int, default=90, help="for over_time: latent frames of a rollout")
     parser.add_argument("--seed", type=int, default=0, help="for compare, over_time and judge: of the noise")
     parser.add_argument("--to", type=Path, help="for picture: the file, .webp or .mp4 (default: tests/videos.webp); "
@@ -1264,7 +1267,7 @@ def main():
     args = parser.parse_args()
     kept = [str(HERE / f"tiny/{name}.safetensors") for name in ("ode", "reward_forced", "raven_frame")]
     default = {"picture": ["teacher", *kept], "closeup": kept[:2]}.get(args.verb, ["teacher"])
-    generators = args.generators or default
+    generators, count = args.generators or default, args.count or SAMPLES.get(args.verb)
     if args.verb == "closeup" and len(generators) != 2:
         parser.error("closeup compares two generators")
     if args.verb == "train":
@@ -1272,15 +1275,15 @@ def main():
     elif args.verb == "keep":
         keep(args.out, *generators)
     elif args.verb == "compare":
-        compare(args.out, generators, args.results, args.count or 500, args.seed)
+        compare(args.out, generators, args.results, count, args.seed)
     elif args.verb == "over_time":
-        over_time(args.out, generators, args.results, args.count or 40, args.length, args.seed)
+        over_time(args.out, generators, args.results, count, args.length, args.seed)
     elif args.verb == "judge":
-        judge(args.out, generators, args.count or 100, args.seed)
+        judge(args.out, generators, count, args.seed)
     elif args.verb == "picture":
         picture(args.out, generators, args.to or HERE / "videos.webp", args.captions)
     elif args.verb == "closeup":
-        closeup(args.out, *generators, args.to or HERE / "closeup.png", args.count or 200)
+        closeup(args.out, *generators, args.to or HERE / "closeup.png", count)
     else:
         print(json.dumps(evaluate(args.out), indent=1))
 
