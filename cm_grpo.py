@@ -43,6 +43,7 @@ import contextlib
 import copy
 import json
 import math
+import os
 import random
 
 from wan_causal import (EMA, InputError, Parser, Run, aesthetic_head, checked_reward,
@@ -260,8 +261,10 @@ def save_adapter(folder, average, args, **metadata):
     """Averaged LoRA weights as PEFT keeps them: its names, its two files. metadata: see
     `save_checkpoint`."""
     weights = {f'base_model.model.{name}': value for name, value in average.items()}
+    # a file is found from everywhere; repository:path stays
+    base = os.path.abspath(args.init) if os.path.exists(args.init) else str(args.init)
     save_checkpoint(folder / 'adapter_model.safetensors', weights, stage='cm_grpo',
-                    kind='causal', lora_alpha=args.lora_alpha, base=str(args.init), **metadata)
+                    kind='causal', lora_alpha=args.lora_alpha, base=base, **metadata)
     modules = sorted({name.partition('.lora_')[0] for name in average})
     config = {'peft_type': 'LORA', 'r': args.lora_rank, 'lora_alpha': args.lora_alpha,
               'bias': 'none', 'target_modules': modules}

@@ -36,9 +36,9 @@ Forcing has it (RAVEN: one for each sample); a step is one generator update (the
 scripts count critic updates). RAVEN's public code rounds the timesteps, to 1000, 938, 833,
 625; here they are 1000, 937.5, 833.33, 625. Self Forcing's public code lets later chunks'
 losses reach earlier chunks' noisy keys through its cache (7 to 14 % of the weight gradient),
-here the history is the constant that the paper has; its score networks keep shift 8 and a
-sigma above 0 at t = 0, slips of at most 6 % of the direction. CausVid has no EMA, here its
-default is Self Forcing's. The bidirectional student's settings are Self Forcing's with
+here the history is the constant that the paper has; its score networks keep shift 8 (at most
+6 % of the direction), and its clean history has a sigma above 0 (x0 off by 2e-3). CausVid has
+no EMA, here its default is Self Forcing's. The bidirectional student's settings are Self Forcing's with
 RAVEN's guidance: Reward-Forcing gives none for that stage.
 
 Tiny model, on a CPU, in minutes; then one machine of 8 GPUs:
@@ -160,18 +160,19 @@ def reward_and_gradient(reward, vae, x0, prompts, frame):
     return score.detach(), torch.autograd.grad(score.sum(), x0)[0]
 
 
-def with_reward(direction, gradient, weight):
+def with_reward(direction, gradient, weight, weights):
     """Distillation and reward on the same scale, summed (Reward-Forcing 5.1; the paper gives no
-    formula).
+    formula): a direction for `dmd_loss`.
 
     direction, and the reward's gradient at x0, which goes the other way: both (B, C, F, H, W).
-    Per sample, the gradient is brought to the direction's norm.
+    Per sample, the gradient is brought to the norm of the direction as the loss weights it;
+    weights (F,), of that loss.
     """
-    gradient = gradient.double()
-    size, of_reward = (x.flatten(1).norm(dim=1) for x in (direction, gradient))  # (B,) each
+    weights, gradient = weights.view(-1, 1, 1), gradient.double()
+    size, of_reward = (x.flatten(1).norm(dim=1) for x in (direction * weights, gradient))  # (B,)
     scale = size / of_reward.clamp(min=1e-12)
     # minus: the loss falls against the direction, the reward rises along its gradient
-    return direction - weight * scale.view(-1, 1, 1, 1, 1) * gradient
+    return direction - weight * scale.view(-1, 1, 1, 1, 1) * gradient / weights
 
 
 # ----------------------------------------------------------------------------------------
@@ -313,6 +314,9 @@ def parse_args(argv=None):
                                 args.rollout_frames < args.frames):
         raise InputError(f'--rollout-frames {args.rollout_frames} needs --history '
                          f'self-forcing, and must be at least --frames {args.frames}')
+    if args.frames == 1 < (args.rollout_frames or 1):
+        raise InputError(f'--rollout-frames {args.rollout_frames} with --frames 1 trains nothing: '
+                         'the first latent frame of the last window is a constant')
     return args
 
 
@@ -443,13 +447,13 @@ def train(args, process):
                 x0 = last_window(x0, F, vae)
                 direction = compare_scores(x0.detach(), teacher, critic_net, b.context,
                                            negative, args.guidance, args.shift, b.generators)
-                score = torch.zeros(1, device=device)
+                size, score = direction.abs().mean(), torch.zeros(1, device=device)
                 if reward:
                     score, gradient = reward_and_gradient(reward, vae, x0.detach(), b.prompts,
                                                           args.frames - 1)
-                    direction = with_reward(direction, gradient, args.reward_weight)
+                    direction = with_reward(direction, gradient, args.reward_weight, weights)
                 (dmd_loss(x0, direction, weights) / args.accum).backward()
-            each = direction.abs().mean(), latent_motion(x0.detach()), score.mean()
+            each = size, latent_motion(x0.detach()), score.mean()
             sums += torch.stack(each) / args.accum
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip)
         metrics = run.check(critic_loss=critic_loss, dmd=sums[0], grad_norm=norm,

@@ -909,8 +909,8 @@ def rewarded_video(vae, latents, frames, past=None):
 
     A frame depends on its own latent frame, and through what the decoder remembers on all those
     before it. past: the gradient goes on in that memory through so many latent frames before a
-    rewarded one; what lies further back is a constant. None: through all of them, which is
-    exact.
+    rewarded one; what lies further back is a constant, unless a rewarded one between them hands
+    the gradient on. None: through all of them, which is exact.
 
     Each latent frame (with gradient to all of them: every three) is decoded under a checkpoint
     of its own: what stays until the backward pass is the memory before it (1.9 GB at 480x832
@@ -918,6 +918,8 @@ def rewarded_video(vae, latents, frames, past=None):
     """
     where = {latent_frame(frame) for frame in frames}
     count = 1 + max(where)  # nothing after the last rewarded frame is needed
+    if past and len(where) == count:
+        past = None  # each is rewarded and hands the gradient on, so it reaches all anyhow
     # Latent frames per checkpoint. With gradient to all of them every third memory is kept,
     # or 80 GB would be too few at full size.
     n = 1 if past is not None else 3

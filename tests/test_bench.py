@@ -87,6 +87,7 @@ def test_the_rewards_graph_grows_by_the_decoders_memory_alone():
     each = (peak([24], 5) - peak([24], 1)) / 4
     assert 0.9 * remembered < each < 1.3 * remembered
     assert peak(list(range(25)), None) - peak([24], None) < 3 * pixels
+    assert peak(list(range(25)), 1) == peak(list(range(25)), None)  # the gradient is exact there too
 
 
 def test_simulated_generation_takes_the_size_that_was_asked_for():

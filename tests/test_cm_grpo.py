@@ -1,6 +1,7 @@
 """CM-GRPO: closed forms of the policy, then the script itself."""
 import argparse
 import json
+from pathlib import Path
 import shutil
 
 import pytest
@@ -92,7 +93,7 @@ def test_the_policy_of_a_one_dimensional_consistency_model_moves_to_the_optimum(
     assert (1 - s / 1000) * theta.item() == pytest.approx(0.3, abs=0.1)
 
 
-def test_lora_starts_as_the_model_and_folds_into_what_it_became(tmp_path):
+def test_lora_starts_as_the_model_and_folds_into_what_it_became(tmp_path, monkeypatch):
     net = random_dit()
     x, t, context = random_latents(2, 16, 3, 4, 4), torch.tensor([900.0, 300.0]), random_latents(2, 8, 16, seed=1)
     linears = sum(isinstance(m, torch.nn.Linear) for m in net.modules())
@@ -116,9 +117,11 @@ def test_lora_starts_as_the_model_and_folds_into_what_it_became(tmp_path):
         torch.testing.assert_close(plain(x, t, context), after, atol=1e-4, rtol=1e-4)
         # the adapter alone, through the loader: into the generator that it names, whatever the model held
         wc.save_checkpoint(tmp_path / "start.safetensors", random_dit().state_dict(), kind="causal")
-        args = argparse.Namespace(init=tmp_path / "start.safetensors", lora_rank=4, lora_alpha=8.0)
+        monkeypatch.chdir(tmp_path)  # its --init is relative to where the training was started
+        args = argparse.Namespace(init=Path("start.safetensors"), lora_rank=4, lora_alpha=8.0)
         cm_grpo.save_adapter(tmp_path, ema.average, args, chunk=3)
         other = random_dit(seed=1)
+        monkeypatch.chdir("/")
         assert wc.load_checkpoint(other, tmp_path / "adapter_model.safetensors")["chunk"] == "3"
         torch.testing.assert_close(other(x, t, context), after, atol=1e-4, rtol=1e-4)
     # PEFT's names and settings

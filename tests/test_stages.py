@@ -243,9 +243,14 @@ def test_weighted_loss_has_the_weighted_direction_as_its_gradient():
 
 def test_reward_and_distillation_have_the_same_scale():
     direction, gradient = random_latents(2, 16, 3, 4, 4).double(), 1e-3 * random_latents(2, 16, 3, 4, 4, seed=1)
-    added = direction - distill_dmd.with_reward(direction, gradient, 0.5)
-    torch.testing.assert_close(added.flatten(1).norm(dim=1), 0.5 * direction.flatten(1).norm(dim=1))
-    assert torch.cosine_similarity(added.flatten(), gradient.double().flatten(), dim=0) > 0.99
+    for weights in (torch.ones(3), torch.tensor([0.5, 0.5, 2.0])):
+        x0 = [random_latents(2, 16, 3, 4, 4, seed=2).requires_grad_() for _ in range(2)]
+        with_it = distill_dmd.with_reward(direction, gradient, 0.5, weights)
+        alone, both = (torch.autograd.grad(distill_dmd.dmd_loss(x, d, weights), x)[0]
+                       for x, d in zip(x0, (direction, with_it)))
+        added = alone - both
+        torch.testing.assert_close(added.flatten(1).norm(dim=1), 0.5 * alone.flatten(1).norm(dim=1))
+        assert torch.cosine_similarity(added.flatten(), gradient.double().flatten(), dim=0) > 0.99
 
 
 def test_the_last_window_of_a_longer_rollout(parts):
@@ -678,6 +683,8 @@ BAD = [
     (["distill_dmd.py", "--student", "causal", "--init", "{student}"], "but kind = causal is needed here"),
     (["distill_dmd.py", "--student", "causal", "--history", "raven", "--init", "{ode}", "--rollout-frames", 61],
      "--rollout-frames 61 needs --history self-forcing"),
+    (["distill_dmd.py", "--student", "causal", "--init", "{ode}", "--frames", 1, "--rollout-frames", 13, "--chunk", 1],
+     "--rollout-frames 13 with --frames 1 trains nothing"),
     (["distill_dmd.py", "--student", "causal", "--init", "{ode}", "--rollout-frames", 61],
      "--rollout-frames 61 is not --frames 57 and whole chunks of 12 frames: take 69"),
     (["distill_dmd.py", "--student", "causal", "--history", "teacher-forcing", "--init", "{ode}", "--data", "{data}"],
