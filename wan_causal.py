@@ -2847,7 +2847,9 @@ def sample_numbers(args, process, step, micro=0):
 
 
 def sample_generators(args, numbers, device='cpu'):
-    """One random generator for each sample number; the run's seed are the upper bits of theirs."""
+    """One random generator for each sample number; the run's seed are the upper bits of theirs.
+    Stages of one --seed see the same noise in the same order: give another one to those that
+    shall not."""
     return [seeded((args.seed << 40) + n, device) for n in numbers]
 
 
