@@ -2701,7 +2701,7 @@ def training_flags(p, **paper):
                         'multiple of --save-every')
     g.add_argument('--sample-every', type=whole(0), default=50,
                    help='steps between sample videos, 0: none')
-    g.add_argument('--motion-alarm', type=number(0), default=0.8, metavar='SHARE',
+    g.add_argument('--motion-alarm', type=number(0), default=0.9, metavar='SHARE',
                    help='warn when the sample videos move less than this share of what they did '
                         'before the first step; 0: never')
     machine_flags(g)
