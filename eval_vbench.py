@@ -433,6 +433,9 @@ def parse_args(argv=None):
     cut = argv.index('--') if verb == 'sample' and '--' in argv else len(argv)
     args = p.parse_args(argv[:cut])
     if verb == 'sample':
+        if args.full_info and args.held_out:
+            raise InputError('give --full-info or --held-out, not both: each is the list of '
+                             'prompts')
         args.held_out = args.held_out or model_defaults(args.model).get('held_out')
         args.generate = ['--model', args.model, *argv[cut + 1:]]
     args.unused = functools.partial(refuse_unused, p, args)
@@ -629,7 +632,8 @@ def check_scoring(args):
     before any work."""
     left = Path(args.out) / 'full_info.json'
     if args.custom:
-        files = sorted(Path(args.videos).glob('*.mp4')) if args.videos else []
+        # not a killed run's temporary files, nor macOS's
+        files = sorted(Path(args.videos).glob('[!.]*.mp4')) if args.videos else []
         if not files or args.full_info or args.filtered:
             raise InputError('--custom needs --videos, a folder with .mp4 files, and neither '
                              '--full-info nor --filtered')

@@ -139,6 +139,8 @@ def check(args):
     if args.init:
         args.unused('--init holds the first frames, and the chunks after it are whole ones',
                     'first_chunk')
+    if args.overlap:
+        args.unused('every segment begins with a whole chunk', 'first_chunk')
     if args.jobs:
         args.unused('each line of --jobs has its own', 'seed', 'out')
     if not args.weights:
@@ -153,12 +155,17 @@ def read_jobs(args):
             raise InputError('give prompts or --jobs, not both')
         try:
             rows = [json.loads(line) for line in read_lines(args.jobs)]
-            jobs = [(str(row['prompt']), int(row['seed']), Path(row['out']).expanduser())
+            for row in rows:
+                if set(row) != {'prompt', 'seed', 'out'}:
+                    raise ValueError(f'{json.dumps(row)[:80]} has other keys')
+                if not isinstance(row['prompt'], str) or type(row['seed']) is not int:
+                    raise ValueError('"prompt" must be a text, "seed" a whole number')
+            jobs = [(row['prompt'], row['seed'], Path(os.path.expanduser(row['out'])))
                     for row in rows]
-            if not all(path.suffix.lower() == '.mp4' and '\0' not in str(path)
-                       for *_, path in jobs):
+            if not all(path.suffix.lower() == '.mp4' and '\0' not in str(path) and
+                       os.fsencode(path) for *_, path in jobs):
                 raise ValueError('"out" names no .mp4 file')
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError) as error:
             raise InputError(f'{args.jobs} must hold lines such as {{"prompt": "a cat", '
                              f'"seed": 0, "out": "cat.mp4"}}: {error!r}') from error
     else:
@@ -224,7 +231,8 @@ def pictures(file):
     try:
         mode = imageio.v3.immeta(file, plugin='pillow')['mode']
     except OSError:  # no image
-        yield from imageio.v3.imiter(file)
+        # whatever its name says
+        yield from imageio.v3.imiter(file, extension='.mp4')
         return
     if mode.startswith(('I', 'F')):
         grey = next(imageio.v3.imiter(file, plugin='pillow', rotate=True))
@@ -443,7 +451,7 @@ def causal_video(model, vae, text, args, prompt, seed, init=None):
     if given:
         yield vae.decode(init, memory, at_once=3)[0]
     for chunk in rollout(model, noise, context, args.timesteps, chunks, window=args.window,
-                         sink=args.sink, init=init, generator=random):
+                         sink=args.sink, init=init, init_chunk=args.chunk, generator=random):
         yield vae.decode(chunk.x0, memory, at_once=3)[0]
 
 
@@ -491,7 +499,7 @@ def overlapping_video(model, vae, text, args, prompt, seed):
         new = latent_frames(frames) - sum(x.shape[2] for x in given)
         noise = gaussian(noise_shape(model, args, new), random, random.device)
         rolled = rollout(model, noise, context, args.timesteps, chunk_sizes(new, args.chunk),
-                         init=init, generator=random)
+                         init=init, init_chunk=args.chunk, generator=random)
         memory, kept, video, shown = {}, [], [], 0
         for x0 in itertools.chain(given, (chunk.x0 for chunk in rolled)):
             kept.append(x0)
@@ -554,7 +562,14 @@ def load(args, folder, process):
     metadata = load_checkpoint(model, args.weights, ema=not args.no_ema) if args.weights else {}
     require(metadata, args.weights, kind=kind)
     if args.lora:  # merged in float32: an update of bfloat16 weights would be rounded away
-        require(load_checkpoint(model, args.lora, onto=True), args.lora, kind=kind)
+        adapter = load_checkpoint(model, args.lora, onto=True)
+        require(adapter, args.lora, kind=kind)
+        for key in ('timesteps', 'chunk'):
+            theirs, its = metadata.get(key), adapter.get(key)
+            if not getattr(args, key) and theirs and its and theirs != its:
+                raise InputError(f'--checkpoint names {key} = {theirs}, --lora {key} = {its}: '
+                                 f'say which by --{key}')
+            metadata = {key: its, **metadata} if its else metadata
     set_threads(model, process.device)
     model = model.to(process.device, dtype).eval()
     vae = load_vae(folder, dtype, process.device)
@@ -580,7 +595,8 @@ def load(args, folder, process):
 def check_chunks(args, given):
     """Windows and overlaps that do not go with the chunks, which the checkpoint may have set,
     are an InputError."""
-    widest = max(new_chunks(args, given))
+    # what is given goes into the cache in whole chunks
+    widest = max(*new_chunks(args, given), min(args.chunk, given))
     if args.window is not None and args.window < widest + args.sink:
         raise InputError(f'--window {args.window} is smaller than a chunk of {widest} and a '
                          f'sink of {args.sink} latent frames together')

@@ -778,8 +778,8 @@ def consistency_kernel(x, x0, t, s):
 
 
 def rollout(model, noise, context, steps, chunks, *, window=None, sink=0, init=None,
-            exit_step=None, grad_from=0, record=False, kernel=consistency_kernel,
-            generator=None):
+            init_chunk=None, exit_step=None, grad_from=0, record=False,
+            kernel=consistency_kernel, generator=None):
     """Generate a video chunk by chunk with the KV cache, and yield each `Chunk` as soon as it
     exists.
 
@@ -798,6 +798,7 @@ def rollout(model, noise, context, steps, chunks, *, window=None, sink=0, init=N
     sink       how many of these are the video's first ones.
     init       (B, C, F', H, W) clean latents that are already there; the rollout goes on
                after them.
+    init_chunk the size of the chunks that these were made in; None: of the largest new one.
     exit_step  index of the step at which every chunk stops; its prediction is the endpoint
                and carries gradient (if gradients are enabled). None: all steps, no gradient.
     grad_from  chunks that start before this latent frame carry no gradient.
@@ -825,8 +826,8 @@ def rollout(model, noise, context, steps, chunks, *, window=None, sink=0, init=N
 
     # What is given goes into the cache as a rollout would have left it there, in whole chunks
     # after an independent first frame (1 + 3 latent frames: [1, 3]).
-    start = 0
-    for n in chunk_sizes(begin, max(chunks), begin % max(chunks) or None) if begin else ():
+    start, whole = 0, init_chunk or max(chunks)
+    for n in chunk_sizes(begin, whole, begin % whole or None) if begin else ():
         with torch.no_grad():
             forward(init[:, :, start:start + n], 0, start)
         start += n
@@ -1489,6 +1490,10 @@ def load_function(name, flag, known):
     """The callable that `module:function` names; the module may lie in the current folder. flag
     and known: what the user wrote it after, and what else could stand there."""
     module, _, function = name.removeprefix('./').partition(':')
+    path = Path(os.path.expanduser(module))
+    if path.is_absolute() or '..' in path.parts:  # of another folder
+        sys.path.insert(0, str(path.parent))
+        module = path.name
     sys.path.insert(0, '')
     try:
         found = getattr(importlib.import_module(module.removesuffix('.py').replace('/', '.')),
@@ -1906,13 +1911,17 @@ def load_image_reward(name, device='cpu'):
 
 
 # A tensor of an adapter: its module, and which part it is.
-ADAPTER = re.compile(r'(.+?)\.((?:lora_|dora_|hada_|lokr_|oft_|alpha$|diff$|diff_b$).*)')
+ADAPTER = re.compile(r'(.+?)\.((?:lora_|dora_|hada_|lokr_|oft_|alpha$|diff$|diff_[bm]$).*)')
+# what wrappers of training put into a name, and what projects put before it
+INSIDE = ('_fsdp_wrapped_module.', '_checkpoint_wrapped_module.', '_orig_mod.', '.base_layer')
+BEFORE = re.compile(r'^((base_model\.model|diffusion_model|transformer|model|net|module)\.'
+                    r'|lora_unet_)+')
 
 
 def native_keys(state, expected):
     """A DiT state dict under any public naming -> Wan's own keys. Parts of an adapter come out
-    as <module>.lora_A.weight, lora_B.weight, lora_B.bias, alpha, diff and diff_b; others under
-    the name that they have.
+    as <module>.lora_A.weight, lora_B.weight, lora_B.bias, alpha, diff, diff_b and diff_m;
+    others under the name that they have. InputError for two tensors of one name.
 
     expected: the model's own state dict (for the diffusers names).
     """
@@ -1922,19 +1931,15 @@ def native_keys(state, expected):
     # kohya's adapters write a module's name, of either layout, with _ for every dot
     flat = {name.removesuffix('.weight').replace('.', '_'): key.removesuffix('.weight')
             for theirs, key in names.items() for name in (theirs, key)}
-    # what wrappers of training put into a name, and what projects put before it
-    inside = ('_fsdp_wrapped_module.', '_checkpoint_wrapped_module.', '_orig_mod.',
-              '.base_layer')
-    before = re.compile(r'^((base_model\.model|diffusion_model|transformer|model|net|module)\.'
-                        r'|lora_unet_)+')
     # counters, a RoPE table, a critic's head: not the generator's
     besides = re.compile(r'freqs|n_averaged|accum_.*'
                          r'|.*(_cls_pred_branch\.|_register_tokens|_gan_ca_blocks\.).*')
     out = {}
     for key, value in state.items():
-        for wrapper in inside:
+        theirs = key
+        for wrapper in INSIDE:
             key = key.replace(wrapper, '')
-        key = before.sub('', key)
+        key = BEFORE.sub('', key)
         if besides.fullmatch(key):
             continue
         if adapter := ADAPTER.fullmatch(key):
@@ -1951,6 +1956,9 @@ def native_keys(state, expected):
         # some keep the patch convolution as a linear layer
         if key == 'patch_embedding.weight' and value.numel() == expected[key].numel():
             value = value.view(expected[key].shape)
+        if key in out:
+            raise InputError(f'{theirs} is a second tensor for {key}: keep one of them (of two '
+                             'adapters in one file)')
         out[key] = value
     return out
 
@@ -1961,7 +1969,7 @@ HARMLESS = {
     'exclude_modules', 'peft_type', 'task_type', 'base_model_name_or_path', 'revision',
     'auto_mapping', 'inference_mode', 'lora_dropout', 'lora_bias', 'layers_to_transform',
     'layers_pattern', 'peft_version', 'megatron_core', 'runtime_config', 'parent_library',
-    'eva_config', 'init_lora_weights'
+    'eva_config', 'init_lora_weights', 'qalora_group_size'  # the last without use_qalora
 }
 
 
@@ -1996,14 +2004,16 @@ def merge_lora(state, base, config=None):
 
     scale: alpha / r, or with config['use_rslora'] alpha / sqrt(r), of each module: alpha is
     <module>.alpha, or that of the config's alpha_pattern that its name ends in, or the config's
-    lora_alpha, or r. A bias of B is added to the module's own, scaled alike; <module>.diff and
-    diff_b are added as they are. When `state` holds nothing else (an adapter without its
+    lora_alpha, or r. A bias of B is added to the module's own, scaled alike; <module>.diff,
+    diff_b and diff_m (of its modulation) are added as they are. When `state` holds nothing else (an adapter without its
     model), W is taken from `base`. InputError for what does not fit, and for any other part.
     """
     config, parts, full = config or {}, {}, {}
 
-    def named(pattern, module):  # as PEFT has it
-        return re.match(rf'(.*\.)?({pattern})$', module)
+    def named(pattern, module):  # as PEFT has it, of the module's name in any layout
+        names = module, dit_diffusers_key(f'{module}.weight').removesuffix('.weight')
+        pattern = re.compile(rf'(.*\.)?({BEFORE.sub("", pattern)})$')
+        return any(map(pattern.match, names))
     for key, value in state.items():
         if adapter := ADAPTER.fullmatch(key):
             parts.setdefault(adapter[1], {})[adapter[2]] = value
@@ -2018,9 +2028,9 @@ def merge_lora(state, base, config=None):
     for module, part in parts.items():
         A, B, bias = (part.pop(f'lora_{name}', None)
                       for name in ('A.weight', 'B.weight', 'B.bias'))
-        alpha, diff, diff_b = (part.pop(name, None) for name in ('alpha', 'diff', 'diff_b'))
-        # what is to be added to the module's weight and bias
-        updates = [('weight', diff), ('bias', diff_b)]
+        alpha, *diffs = (part.pop(name, None) for name in ('alpha', 'diff', 'diff_b', 'diff_m'))
+        # what is to be added to the module's parameters
+        updates = list(zip(('weight', 'bias', 'modulation'), diffs))
         unfit = InputError(f'the LoRA of {module} does not fit this model')
         if part:
             raise InputError(f'the adapter has {module}.{next(iter(part))}: only LoRA without '
@@ -2085,7 +2095,10 @@ def load_checkpoint(model, name, ema=True, onto=False):
     adapted = [bool(ADAPTER.fullmatch(key)) for key in state]
     alone = all(adapted)
     if onto and not alone:
-        raise InputError(f'{path} is no LoRA adapter: a whole generator goes to --checkpoint')
+        other = next(key for key, is_part in zip(state, adapted) if not is_part)
+        raise InputError(f'{path} is no LoRA adapter: ' + (
+            f'beside its parts it has {other}' if any(adapted) else
+            'a whole generator goes to --checkpoint'))
     if any(adapted):
         if alone and not onto:
             if 'base' in metadata:
@@ -2731,9 +2744,12 @@ def model_defaults(name, stage=''):
     if not isinstance(given.get(stage, {}), dict):
         raise InputError(f'{file} is not {{flag: value, stage: {{flag: value}}}}')
     given = {**given, **given.get(stage, {})}
+    for key in ('checkpoint', 'held_out'):  # which are read before the flags are checked
+        if not isinstance(given.get(key, ''), str):
+            raise InputError(f'{file}: {key} = {given[key]} is no name of a file')
     return {
         k: str(file.parent / v) if v and isinstance(v, str) and
-        (file.parent / v).exists() else v
+        os.path.exists(file.parent / v) else v
         for k, v in given.items()
     }
 
@@ -2759,7 +2775,8 @@ def parse_stage(p, stage, argv=None):
     given = {k: v for k, v in model_defaults(known['model'], stage).items() if k in known}
     try:
         words = [word for k, v in given.items() for word in as_words(k, v, known[k])]
-        checked = vars(parse_known(p, [*argv, *words]))
+        flags = argv.index('--') if '--' in argv else len(argv)  # behind it are none
+        checked = vars(parse_known(p, [*argv[:flags], *words, *argv[flags:]]))
     except InputError as error:
         raise InputError(f'{known["model"]}/defaults.json: {error}') from error
     p.set_defaults(**{name: checked[name] for name in given})

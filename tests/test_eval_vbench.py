@@ -156,6 +156,7 @@ def test_two_different_scores_of_one_dimension_are_refused(tmp_path):
     (["sample", "--full-info", "BAD"], "entry 1 is not"), (["sample", "--full-info", "ODD"], "unknown dimension 'x'"),
     (["sample", "--full-info", "LONG"], "cannot be a file name"), (["sample", "--extended", "LIST"], "4 entries"),
     (["sample", "--full-info", "NOSTYLE"], "no auxiliary_info"), (["sample", "--held-out", "none.txt"], "none.txt"),
+    (["sample", "--full-info", "NOSTYLE", "--held-out", "none.txt"], "give --full-info or --held-out, not both"),
     (["sample", "--", "--sink", 3], "needs a --window"),
     (["sample", "--", "--bidirectional", "--window", 6], "causal generator"),
     (["sample", "--", "--timesteps", 500, 900], "must fall"), (["sample", "--", "--frames", 4097], "RoPE table"),

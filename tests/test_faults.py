@@ -78,9 +78,17 @@ def test_flags_out_of_range_or_without_effect(line, words):
 
 
 @pytest.mark.quick
+def test_what_comes_behind_two_dashes_is_a_prompt():
+    """And the model's defaults still hold."""
+    args = generate.parse_args(["--model", str(TINY), "--fps", "8", "--", "-a cat"])
+    assert (args.prompt, args.frames, args.fps, args.width) == (["-a cat"], 57, 8, 64)
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize("content, words", [
     ({"lr": [1, 2]}, "--lr cannot be [1, 2]"), ({"lr": None}, "--lr cannot be null"), ({"lr": "much"}, "much is no number"),
     ({"negative": None}, "--negative cannot be null"), ({"distill_dmd bidirectional": 3}, "is not {flag: value"),
+    ({"negative": "x" * 300, "lr": None}, "--lr cannot be null"), ({"checkpoint": 3}, "checkpoint = 3 is no name of a file"),
     ({"batch": True}, "--batch"), ({"batch": 0}, "--batch: 0 must be at least 1"), ([], "must hold an object")])
 def test_defaults_of_a_model_are_checked_as_flags(content, words, tmp_path):
     (tmp_path / "defaults.json").write_text(json.dumps(content))
@@ -159,7 +167,10 @@ def test_names_that_cannot_be_are_refused_before_any_model(flags, words, tmp_pat
 @pytest.mark.quick
 @pytest.mark.parametrize("job, words", [
     ({"out": "a.gif"}, "names no .mp4 file"), ({"out": "a\0.mp4"}, "names no .mp4 file"), ({"out": "./b.mp4"}, "several"),
-    ({"prompt": "\udcff"}, "is no UTF-8 text")])
+    ({"prompt": "\udcff"}, "is no UTF-8 text"), ({"out": "\ud800.mp4"}, "must hold lines such as"),
+    ({"out": "~nobodyofthisname/a.mp4", "seed": 1.7}, "a whole number"), ({"seed": float("inf")}, "a whole number"),
+    ({"seed": True}, "a whole number"), ({"prompt": None}, "must be a text"), ({"prompt": ["a"]}, "must be a text"),
+    ({"frames": 33}, "has other keys")])
 def test_jobs_that_cannot_be_are_refused_before_any_model(job, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     jobs = [{"prompt": "a cat", "seed": 0, "out": "b.mp4"}, {"prompt": "a dog", "seed": 1, "out": "c.mp4", **job}]

@@ -103,6 +103,9 @@ def test_pictures_of_every_kind_to_start_from(tmp_path):
     exif, half = Image.Exif(), Image.fromarray(gray[::2, ::2])
     exif[0x112] = 6  # stored on its side, as a phone held upright does; and with a smaller picture after it
     image.rotate(90).save(tmp_path / "phone.jpg", "MPO", quality=100, exif=exif, save_all=True, append_images=[half])
+    imageio.mimwrite(tmp_path / "video.mp4", np.repeat(gray[None, ..., None], 3, axis=3), fps=16, quality=10, **wc.VIDEO)
+    for name in ("video.m4v", "video.ts", "video"):  # what it holds decides
+        (tmp_path / name).write_bytes((tmp_path / "video.mp4").read_bytes())
     expected = torch.from_numpy(gray).float().expand(3, -1, -1) / 127.5 - 1
     for file in sorted(tmp_path.iterdir()):
         frames = generate.read_frames(file, 64, 64, limit=5)
@@ -169,6 +172,28 @@ def test_a_lora_adapter_on_top_of_a_generator(tmp_path, causal):
     assert frames_apart(folded, lora) < 1 < frames_apart(plain, lora)
 
 
+def test_an_adapter_says_how_its_generator_is_sampled(tmp_path, causal):
+    """Its chunk and timesteps, where the generator names none; where they differ a flag decides."""
+    state = wc.read_weights(causal)[0]
+    A, B = torch.ones(4, 192), torch.zeros(192, 4)
+    wc.save_checkpoint(tmp_path / "silent.safetensors", state)
+    wc.save_checkpoint(tmp_path / "lora.safetensors", {"blocks.1.self_attn.v.lora_A.weight": A,
+                                                       "blocks.1.self_attn.v.lora_B.weight": B},
+                       kind="causal", chunk=1, timesteps="1000, 500")
+
+    def loaded(*flags):
+        args = generate.parse_args([PROMPT, "--lora", str(tmp_path / "lora.safetensors"), *map(str, flags)])
+        with wc.processes("cpu") as process:
+            generate.load(args, wc.find_folder(args.model), process)
+        return args.chunk, args.timesteps
+    assert loaded("--checkpoint", tmp_path / "silent.safetensors") == (1, [1000, 500])
+    with pytest.raises(wc.InputError, match="names timesteps = .* say which by --timesteps"):
+        loaded("--checkpoint", causal)
+    with pytest.raises(wc.InputError, match="names chunk = 3, --lora chunk = 1: say which by --chunk"):
+        loaded("--checkpoint", causal, "--timesteps", 1000, 500)
+    assert loaded("--checkpoint", causal, "--timesteps", 1000, 500, "--chunk", 3) == (3, [1000, 500])
+
+
 def test_overlapping_rollouts_of_any_length(tmp_path, causal):
     """57-frame segments that give up 9 frames each: 48 of the first, and the last one's 45 make 93."""
     flags = {"long": ["--frames", 93, "--overlap", 3], "plain": ["--frames", 57]}
@@ -205,6 +230,9 @@ BAD = [
     ([PROMPT, "--fps", 0], "--fps: 0 must be at least 1"),
     ([PROMPT, "--frames", 82], "--frames: 82 is not 1 + 4k: take 81 or 85"),
     ([PROMPT, "--width", 65], "--width: 65 is not 16 + 16k: take 64 or 80"),
+    (["--frames", 82, "--", "-a red circle"], "--frames: 82 is not 1 + 4k"),
+    ([PROMPT, "--frames", 113, "--overlap", 3, "--first-chunk", 1, "--checkpoint", "CAUSAL"],
+     "--first-chunk 1 has no effect here: every segment begins with a whole chunk"),
     ([PROMPT, "--chunk", 0], "--chunk: 0 must be at least 1"),
     ([PROMPT, "--timesteps", 500, 900], "must fall"),
     ([PROMPT, "--window", 2, "--checkpoint", "CAUSAL"], "--window 2 is smaller than a chunk of 3"),

@@ -193,6 +193,28 @@ def test_biases_and_differences_of_an_adapter_are_added():
     assert [out[key].unique().tolist() for key in base] == [[7], [4], [1.5], [1.25]]
 
 
+def test_what_newer_packages_write_is_understood(tmp_path):
+    """PEFT's group size of another method, patterns under the file's own names, and differences of the modulation."""
+    base = state_of()
+    pairs, _ = lora_pairs(base, [V])
+    theirs = wc.dit_diffusers_key(f"{V}.weight").removesuffix(".weight")
+    for prefix, pattern in (("transformer.", theirs), ("model.", f"model.{theirs}")):
+        save_file({f"{prefix}{theirs}.lora_{s}.weight": x for s, x in zip("AB", pairs[V])}, tmp_path / "lora.safetensors")
+        (tmp_path / "adapter_config.json").write_text(json.dumps({
+            **PEFT, "use_qalora": False, "qalora_group_size": 16, "alpha_pattern": {pattern: 2}}))
+        model = random_dit()
+        wc.load_checkpoint(model, tmp_path / "lora.safetensors", onto=True)
+        A, B = pairs[V]
+        torch.testing.assert_close(model.state_dict()[f"{V}.weight"], base[f"{V}.weight"] + 2 / len(A) * B @ A)
+    (tmp_path / "adapter_config.json").unlink()
+    for name in ("blocks.0", "head"):
+        key = f"{name}.modulation"
+        save_file({f"diffusion_model.{name}.diff_m": torch.full(base[key].shape, 0.5)}, tmp_path / "lora.safetensors")
+        model = random_dit()
+        wc.load_checkpoint(model, tmp_path / "lora.safetensors", onto=True)
+        torch.testing.assert_close(model.state_dict(), {**base, key: base[key] + 0.5})
+
+
 def test_a_pair_and_a_difference_of_one_module_both_count():
     base = {"a.weight": torch.ones(3, 4), "a.bias": torch.ones(3)}
     adapter = {"a.lora_A.weight": torch.ones(2, 4), "a.lora_B.weight": torch.ones(3, 2),
@@ -217,6 +239,9 @@ def test_an_adapter_and_its_base_in_one_bfloat16_file_are_merged_in_float32():
     ({}, {**PEFT, "peft_type": "LOHA"}, "peft_type = LOHA"), ({}, {**PEFT, "new_trick": 3}, "new_trick = 3"),
     ({}, {**PEFT, "init_lora_weights": "pissa"}, "init_lora_weights = pissa"),
     ({}, {**PEFT, "alpha_pattern": {"no.such": 1}}, "alpha_pattern names no.such"),
+    ({}, {**PEFT, "use_qalora": True, "qalora_group_size": 16}, "use_qalora = True"),
+    ({f"{V}.reshape_weight": torch.ones(2)}, None, f"beside its parts it has {V}.reshape_weight"),
+    ({f"{V}.lora_A.old.weight": torch.ones(4, 48)}, None, "is a second tensor for"),
     ({}, [1], "must hold an object")])
 def test_what_an_adapter_has_besides_is_refused_by_name(tmp_path, extra, config, words):
     pairs, _ = lora_pairs(state_of(), [V])

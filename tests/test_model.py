@@ -303,6 +303,14 @@ def test_rollout_continues_from_init():
     rest = list(wc.rollout(model, noise[:, :, 3:], CONTEXT, STEPS, [3, 3], init=whole[0].x0, exit_step=0))
     assert [c.start for c in rest] == [3, 6]
     close(rest[-1].x0, whole[-1].x0)
+    # as well before chunks that are smaller
+    short = [list(wc.rollout(model, noise[:, :, 3:4], CONTEXT, STEPS, [1], init=whole[0].x0, exit_step=0, **how))[0].x0
+             for how in ({"init_chunk": 3}, {})]
+    cache, t = model.make_cache(2, 4, 6), torch.full((2,), float(STEPS[0]))
+    with torch.no_grad():
+        model(whole[0].x0, torch.zeros(2), CONTEXT, cache=cache, start=0)
+        close(short[0], wc.x0_from_v(noise[:, :, 3:4], model(noise[:, :, 3:4], t, CONTEXT, cache=cache, start=3), t))
+    assert not torch.allclose(*short, atol=1e-4)
 
 
 def test_a_rollout_encodes_the_prompt_once_and_makes_a_chunk_when_it_is_asked_for():

@@ -642,8 +642,9 @@ def test_a_reward_of_ones_own_is_learned(made, tmp_path):
         "def wrong(video, prompts):\n    return video.mean()\n")
     bright, broken, wrong = (
         run("reward_forcing.py", "--init", made / "ode.safetensors", *SHORT, "--lr", 1e-3, "--exit-step", "last",
-            "--reward", f"mine:{name}", "--steps", steps, "--out", tmp_path / name, "--sample-every", sample,
-            env={"PYTHONPATH": str(tmp_path)}) for name, steps, sample in (("bright", 10, 0), ("broken", 5, 0), ("wrong", 5, 5)))
+            "--reward", f"{where}:{name}", "--steps", steps, "--out", tmp_path / name, "--sample-every", sample,
+            env={"PYTHONPATH": str(tmp_path)}) for where, name, steps, sample in
+        ((tmp_path / "mine.py", "bright", 10, 0), ("mine", "broken", 5, 0), ("mine", "wrong", 5, 5)))
     assert bright.returncode == 0, bright.stderr
     rewards = [m["reward"] for m in metrics(tmp_path / "bright")]
     assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.1
