@@ -2,7 +2,7 @@
 
     python tests/miniature.py                   # everything; a killed run goes on where it was
     python tests/miniature.py ode reward        # what these runs need, and these
-    python tests/miniature.py --seeds 2 3       # these seeds only, as on a second machine; then copy RUNS/measured together
+    python tests/miniature.py --seeds 2 3       # these seeds only; another machine's figures.safetensors in RUNS is added to
     python tests/miniature.py --fast            # every stage for a few steps: shows that it runs, proves nothing
     python tests/miniature.py --draw tests/tiny # no runs: the tables and pictures again, of the figures kept there
 
@@ -116,10 +116,13 @@ VERDICTS = {'yes': 'yes', 'alike': 'no difference larger than what the line reac
 # ------------------------------------------------------------------------------------------ figures and verdicts
 
 def gather(runs):
-    """All that was measured (RUNS/measured) in one file, RUNS/figures.safetensors: <label>/<measurement>."""
-    together = {f'{file.name.split(".")[0]}/{key}': value for file in sorted((runs / 'measured').glob('*.safetensors'))
-                for key, value in load_file(file).items()}
-    save_file(together, runs / 'figures.safetensors')
+    """All that was measured (RUNS/measured) in one file, RUNS/figures.safetensors: <label>/<measurement>. What is there
+    already stays, so that another machine's figures, copied there before, and these become one."""
+    file = runs / 'figures.safetensors'
+    together = load_file(file) if file.exists() else {}
+    for measured in sorted((runs / 'measured').glob('*.safetensors')):
+        together |= {f'{measured.name.split(".")[0]}/{key}': value for key, value in load_file(measured).items()}
+    tiny_world.replace_file(file, lambda temporary: save_file(together, temporary))
 
 
 def read_figures(folder):

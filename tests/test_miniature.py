@@ -179,6 +179,13 @@ def test_figures_are_gathered_from_the_measurements(tmp_path):
     assert set(figures) == {"raven_50", "teacher"} and list(figures["raven_50"]["reward"]) == [1]
     assert figures["raven_50"]["late_reward"][1].tolist() == [0.75]
     assert figures["teacher"]["path"][0].tolist() == [1, 2]
+    # what another machine measured stays, and is written over by what is measured here
+    (tmp_path / "measured/raven_50-1.safetensors").rename(tmp_path / "measured/raven_50-2.safetensors")
+    miniature.tiny_world.keep_measured(tmp_path, "teacher", {"path": torch.tensor([3.0])})
+    miniature.gather(tmp_path)
+    figures = miniature.read_figures(tmp_path)
+    assert sorted(figures["raven_50"]["reward"]) == [1, 2] and figures["teacher"]["path"][0].tolist() == [3]
+    assert figures["teacher"]["reward"][0].tolist() == [0.25, 0.5]
 
 
 def test_reward_against_motion():
