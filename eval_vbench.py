@@ -550,12 +550,32 @@ def videos_to_score(args, entries, dimensions):
     return jobs
 
 
+def result_file(out, dimension):
+    return Path(out) / 'results' / f'{dimension}_eval_results.json'
+
+
 def write_results(out, dimension, total, videos):
     """One dimension in VBench's format."""
     replace_file(
-        Path(out) / 'results' / f'{dimension}_eval_results.json',
+        result_file(out, dimension),
         lambda temporary: temporary.write_text(
             json.dumps({dimension: [total, videos]}, indent=1)))
+
+
+def check_results(args, dimensions):
+    """Scores of the videos in another folder are not written over."""
+    mine = {Path(folder).resolve() for folder in (args.videos, args.filtered) if folder}
+    for file in (result_file(args.out, name) for name in dimensions):
+        if not file.exists():
+            continue
+        try:
+            (_, videos), = read_json(file).values()
+            theirs = {Path(video['video_path']).resolve().parent for video in videos}
+        except (TypeError, ValueError, KeyError, AttributeError):
+            theirs = {'other videos'}
+        if other := theirs - mine:
+            raise InputError(f'{file} holds scores of {min(map(str, other))}: give another '
+                             '--out, or delete it')
 
 
 @torch.no_grad()
@@ -643,6 +663,8 @@ def check_scoring(args):
         args.full_info = args.full_info or (left if left.is_file() else installed_list())
         entries = read_suite(args.full_info)
     dimensions = chosen(args, entries)
+    if args.videos:
+        check_results(args, dimensions)
     others = [name for name in dimensions if name not in NATIVE and name not in TINY]
     for used, why, flag in ((args.vbench_python,
                              'VBench itself is not asked, see --vbench-python', 'vbench_gpus'),

@@ -61,7 +61,8 @@ STAGES = {
     'teacher_forcing': (f'{CAUSAL} teacher-forcing --data {{data}}', 'ode', 1),
 }
 KEPT = (50, 100, 150)  # what has --keep-every is also measured as it was after these steps
-COUNT, COUNT_KEPT, COUNT_LONG = 200, 100, 24  # samples: each held-out caption once; of a run on its way; over time
+COUNT, COUNT_KEPT, COUNT_LONG = 200, 100, 24  # samples: each held-out caption once; of a run on its way; over time,
+COUNT_LATE = 100  # and of the runs whose late reward a claim compares
 LONG = 90  # latent frames of a rollout over time: six times the trained length
 
 # What the papers say: (words, left run, right run, measurement, what is claimed of left and right, the paper's figure).
@@ -393,8 +394,10 @@ def plan(runs, names, fast, seeds):
             if not fast:  # the teacher's 50 steps with guidance take as long as a short stage
                 jobs['teacher compare'] = (measure('compare', 'teacher', COUNT), [])
         else:
+            late = any(name in compared and what.startswith('late') for _, *compared, what, _, _ in CLAIMS)
             jobs[f'{out.name} over time'] = (
-                measure('over_time', file, COUNT_LONG, '--length', str(18 if fast else LONG)), [out.name])
+                measure('over_time', file, COUNT_LATE if late else COUNT_LONG, '--length', str(18 if fast else LONG)),
+                [out.name])
     first = [name for name in jobs if name in ('student-0', *(f'{run}-{min(of[run])}' for run in STAGES))]
     files = [str(runs / name / 'model.safetensors') for name in first]
     jobs[f'video of {len(first)} runs'] = (

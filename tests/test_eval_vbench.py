@@ -641,6 +641,16 @@ def test_any_folder_of_videos_is_scored_without_prompts(networks, tmp_path):
                         (("--vbench-gpus", 2), "--vbench-gpus 2 has no effect here")):
         code, _, err = call("score", *flags, "--dimensions", "subject_consistency", *flag)
         assert code == 2 and words in err
+    (tmp_path / "others").mkdir()
+    (tmp_path / "mine/one.mp4").rename(tmp_path / "others/one.mp4")
+    result = tmp_path / "out/results/subject_consistency_eval_results.json"
+    before = result.read_text()
+    code, _, err = call("score", *flags, "--videos", tmp_path / "others", "--dimensions", "subject_consistency")
+    assert code == 2 and f"{result} holds scores of {tmp_path / 'mine'}: give another --out" in err
+    assert result.read_text() == before
+    result.write_text('["not", "a result"]')
+    code, _, err = call("score", *flags, "--dimensions", "subject_consistency")
+    assert code == 2 and f"{result} holds scores of other videos" in err
     code, _, err = call("score", "--custom", "--videos", tmp_path / "mine", "--dimensions", "scene")
     assert code == 2 and "no prompt of this suite is for it" in err
     code, _, err = call("score", "--custom", "--out", tmp_path / "out", "--device", "cpu")
