@@ -61,8 +61,8 @@ STAGES = {
     'teacher_forcing': (f'{CAUSAL} teacher-forcing --data {{data}}', 'ode', 1),
 }
 KEPT = (50, 100, 150)  # what has --keep-every is also measured as it was after these steps
-COUNT, COUNT_KEPT, COUNT_LONG = 200, 100, 24  # samples: each held-out caption once; of a run on its way; over time,
-COUNT_LATE = 100  # and of the runs whose late reward a claim compares
+COUNT, COUNT_KEPT = 200, 100  # samples: each held-out caption once; of a run on its way
+COUNT_LONG, COUNT_LATE = 24, 100  # samples over time: of most runs; of those whose late reward a claim compares
 LONG = 90  # latent frames of a rollout over time: six times the trained length
 
 # What the papers say: (words, left run, right run, measurement, what is claimed of left and right, the paper's figure).

@@ -16,6 +16,8 @@ def test_every_command_of_the_plan_is_accepted_by_its_script(tmp_path):
     assert refused_commands([command for command, _ in jobs.values()]) == ""
     assert len(jobs) > 150
     jobs = miniature.plan(tmp_path, [], fast=False, seeds=None)
+    counts = {name: jobs[f"{name}-0 over time"][0][-3] for name in ("raven", "self_forcing_frame", "ode", "raven_cm")}
+    assert counts == {"raven": "100", "self_forcing_frame": "100", "ode": "24", "raven_cm": "24"}
     starts = {name: command[command.index("--init") + 1].split("/")[-2] for name, (command, _) in
               jobs.items() if "--init" in command}
     assert starts["reward-3"] == "ode-3" and starts["ode-3"] == "student-0" and "teacher_forcing-1" not in starts
