@@ -38,8 +38,8 @@ scripts count critic updates). RAVEN's public code rounds the timesteps, to 1000
 losses reach earlier chunks' noisy keys through its cache (7 to 14 % of the weight gradient),
 here the history is the constant that the paper has; its score networks keep shift 8 (at most
 6 % of the direction), and its clean history has a sigma above 0 (x0 off by 2e-3). CausVid has
-no EMA, here its default is Self Forcing's. The bidirectional student's settings are Self Forcing's with
-RAVEN's guidance: Reward-Forcing gives none for that stage.
+no EMA, here its default is Self Forcing's. The bidirectional student's settings are Self
+Forcing's with RAVEN's guidance: Reward-Forcing gives none for that stage.
 
 Tiny model, on a CPU, in minutes; then one machine of 8 GPUs:
     python distill_dmd.py --out runs/student
@@ -74,9 +74,8 @@ import torch
 SELF_FORCING = dict(steps=120, accum=8, lr=2e-6, critic_lr=4e-7, beta1=0.0, weight_decay=0.01,
                     grad_clip=10.0, ema=0.99, ema_start=40, ratio=5, guidance=4.0, shift=5.0,
                     chunk_weight_shift=0.0)
-CAUSVID = {
-    **SELF_FORCING, 'steps': 200, 'critic_lr': 2e-6, 'beta1': 0.9, 'guidance': 4.5, 'shift': 8.0
-}
+CAUSVID = {**SELF_FORCING, 'steps': 200, 'critic_lr': 2e-6, 'beta1': 0.9, 'guidance': 4.5,
+           'shift': 8.0}
 SETTINGS = {
     # no alarm: Wan itself in a few steps, where it starts, is a blur
     'bidirectional': {**SELF_FORCING, 'guidance': 3.0, 'motion_alarm': 0},
@@ -380,8 +379,9 @@ def train(args, process):
         torch.optim.AdamW(model.parameters(), lr=lr, betas=(args.beta1, 0.999),
                           weight_decay=args.weight_decay, fused=True)
         for model, lr in ((net, args.lr), (critic_net, args.critic_lr)))
-    then = ['generate.py "PROMPT" --checkpoint', 'cm_grpo.py --init'] if causal else \
-        ['generate.py "PROMPT" --bidirectional --checkpoint', 'ode_init.py train --init']
+    then = ['generate.py "PROMPT" --bidirectional --checkpoint', 'ode_init.py train --init']
+    if causal:
+        then = ['generate.py "PROMPT" --checkpoint', 'cm_grpo.py --init']
     run = Run('distill_dmd', args, process, then, generator=net, critic=critic_net, ema=ema,
               optimizer=optimizer, critic_optimizer=critic_optimizer)
 

@@ -135,9 +135,8 @@ def aggregate(scores):
         else:
             result[group] = None
     whole = result['quality'] is not None and result['semantic'] is not None
-    return {
-        **result, 'total': (4 * result['quality'] + result['semantic']) / 5 if whole else None
-    }
+    result['total'] = (4 * result['quality'] + result['semantic']) / 5 if whole else None
+    return result
 
 
 # ----------------------------------------------------------------------------------------
@@ -285,8 +284,8 @@ def consistency(features):
 
 def flickering(frames, entry=None):
     """1 - mean |difference| / 255 of neighbouring frames, (T - 1,)."""
-    return torch.stack(
-        [1 - (a.float() - b.float()).abs().mean() / 255 for a, b in zip(frames, frames[1:])])
+    return torch.stack([1 - (a.float() - b.float()).abs().mean() / 255
+                        for a, b in zip(frames, frames[1:])])
 
 
 def encoder(network, prepare, size, device):
@@ -349,12 +348,9 @@ def tiny_scorers(dimensions):
         row = world.scorecard(frames.float().div(127.5).sub(1).transpose(0, 1)[None], [caption])
         return {**row, 'steadiness': 1 - row['flicker'] / 255}
 
-    return {
-        name: lambda frames, entry, name=name: torch.tensor(
-            [measured(frames, entry['prompt_en'])[name]])
-        for name in dimensions
-        if name in TINY
-    }
+    def scorer(name):
+        return lambda frames, entry: torch.tensor([measured(frames, entry['prompt_en'])[name]])
+    return {name: scorer(name) for name in dimensions if name in TINY}
 
 
 # ----------------------------------------------------------------------------------------
@@ -414,9 +410,9 @@ def table_flags(p):
     p.add_argument('results', nargs='*',
                    help='result files, VBench\'s or ours, or folders of them (default: '
                         'runs/vbench/results)')
-    p.add_argument(
-        '--percentages', type=number(0, 100), nargs=16, metavar='P',
-        help='instead of files, 16 numbers in the papers\' order: ' + ', '.join(VBENCH))
+    p.add_argument('--percentages', type=number(0, 100), nargs=16, metavar='P',
+                   help='instead of files, 16 numbers in the papers\' order: '
+                        + ', '.join(VBENCH))
     p.add_argument('--name', default='this run', help='of the row')
     p.add_argument('--format', choices=['text', 'markdown', 'json'], default='text',
                    help='of the output')
@@ -497,10 +493,8 @@ def sample(args):
         a, b = next((a, b) for a, b in zip(twice, twice[1:]) if a.lower() == b.lower())
         raise InputError(f'{out} lies on a disk that cannot tell {a!r} from {b!r}: take an '
                          '--out on another one')
-    jobs = [
-        json.dumps({**video, 'out': str(out / 'videos' / name)})
-        for name, video in videos.items()
-    ]
+    jobs = [json.dumps({**video, 'out': str(out / 'videos' / name)})
+            for name, video in videos.items()]
     replace_file(out / 'jobs.jsonl', lambda temporary: temporary.write_text('\n'.join(jobs)),
                  RANK)
     generate = Path(__file__).with_name('generate.py')
@@ -529,14 +523,12 @@ def videos_to_score(args, entries, dimensions):
     jobs = []
     for dimension in dimensions:
         filtered = args.filtered if dimension == 'temporal_flickering' else None
-        there = {
-            unicodedata.normalize('NFC', path.name): path
-            for path in Path(filtered or folder).glob('*.mp4')
-        }
+        # a Mac's disk keeps names decomposed
+        there = {unicodedata.normalize('NFC', path.name): path
+                 for path in Path(filtered or folder).glob('*.mp4')}
         names = [(dimension, f'{entry["prompt_en"]}-{i}.mp4', entry) for entry in entries
                  if dimension in entry['dimension']
                  for i in range(1 if args.custom else args.samples)]
-        # a Mac's disk keeps names decomposed
         mine = [(dimension, entry.get('file') or
                  there.get(unicodedata.normalize('NFC', name), folder / name), entry)
                 for dimension, name, entry in names]
@@ -556,10 +548,8 @@ def result_file(out, dimension):
 
 def write_results(out, dimension, total, videos):
     """One dimension in VBench's format."""
-    replace_file(
-        result_file(out, dimension),
-        lambda temporary: temporary.write_text(
-            json.dumps({dimension: [total, videos]}, indent=1)))
+    text = json.dumps({dimension: [total, videos]}, indent=1)
+    replace_file(result_file(out, dimension), lambda temporary: temporary.write_text(text))
 
 
 def check_results(args, dimensions):
@@ -589,9 +579,8 @@ def score(args, process, entries, dimensions):
 
     # --- models
     tiny = any(name in TINY for name in here)
-    scorers = {
-        **(tiny_scorers(here) if tiny else {}), **native_scorers(here, args, process.device)
-    }
+    scorers = {**(tiny_scorers(here) if tiny else {}),
+               **native_scorers(here, args, process.device)}
 
     # --- loop: each video is read once
     of_video = {}
@@ -599,9 +588,8 @@ def score(args, process, entries, dimensions):
         of_video.setdefault(path, []).append(i)
     # of its scores; how many
     sums = torch.zeros(len(jobs), 2, dtype=torch.float64, device=process.device)
-    for path in tqdm(
-            list(of_video)[process.rank::process.world], desc='videos', unit='',
-            disable=process.quiet):
+    for path in tqdm(list(of_video)[process.rank::process.world], desc='videos', unit='',
+                     disable=process.quiet):
         frames = read_video(path)
         for i in of_video[path]:
             values = scorers[jobs[i][0]](frames, jobs[i][2]).double()
@@ -631,13 +619,12 @@ def score_with_vbench(args, dimensions):
         with tempfile.TemporaryDirectory() as folder:
             done = subprocess.run([
                 args.vbench_python, '-m', 'torch.distributed.run', '--standalone',
-                '--nproc_per_node',
-                str(args.vbench_gpus), '-m', 'vbench.launch.evaluate', '--videos_path',
-                args.videos or str(Path(args.out) / 'videos'), '--dimension', dimension,
+                '--nproc_per_node', str(args.vbench_gpus),
+                '-m', 'vbench.launch.evaluate', '--dimension', dimension,
+                '--videos_path', args.videos or str(Path(args.out) / 'videos'),
                 '--output_path', folder,
                 *(['--mode', 'custom_input'] if args.custom else
-                  ['--full_json_dir', str(args.full_info)])
-            ])
+                  ['--full_json_dir', str(args.full_info)])])
             files = list(Path(folder).glob('*_eval_results.json'))
             if done.returncode or len(files) != 1:
                 raise InputError(f'VBench failed on {dimension} (exit code {done.returncode}): '
@@ -666,22 +653,17 @@ def check_scoring(args):
     if args.videos:
         check_results(args, dimensions)
     others = [name for name in dimensions if name not in NATIVE and name not in TINY]
-    for used, why, flag in ((args.vbench_python,
-                             'VBench itself is not asked, see --vbench-python', 'vbench_gpus'),
-                            ('temporal_flickering'
-                             in dimensions, 'temporal flickering is not scored', 'filtered'),
-                            ('subject_consistency'
-                             in dimensions, 'subject consistency is not scored', 'dino'),
-                            ({'background_consistency', 'appearance_style'} & {*dimensions},
-                             'what it measures is not scored',
-                             'clip'), ('aesthetic_quality' in dimensions,
-                                       'aesthetic quality is not scored', 'aesthetic_head'),
-                            ('aesthetic_quality'
-                             in dimensions, 'aesthetic quality is not scored',
-                             'clip_large'), (not args.custom,
-                                             'every video of the folder is scored', 'samples')):
-        if not used:
-            args.unused(why, flag)
+    if not args.vbench_python:
+        args.unused('VBench itself is not asked, see --vbench-python', 'vbench_gpus')
+    if args.custom:
+        args.unused('every video of the folder is scored', 'samples')
+    for flag, of in (('filtered', ['temporal_flickering']), ('dino', ['subject_consistency']),
+                     ('clip', ['background_consistency', 'appearance_style']),
+                     ('aesthetic_head', ['aesthetic_quality']),
+                     ('clip_large', ['aesthetic_quality'])):
+        if not {*of} & {*dimensions}:
+            words = ' and '.join(of).replace('_', ' ')
+            args.unused(f'{words} {"is" if len(of) == 1 else "are"} not scored', flag)
     if others and args.dimensions and not args.vbench_python:
         raise InputError(f'{others[0]} is scored by VBench itself: {ENVIRONMENT}')
     if 'aesthetic_quality' in dimensions and not args.aesthetic_head:
@@ -748,10 +730,8 @@ def lay_out(rows, markdown):
         rows = [rows[0], ['---'] + ['---:'] * (len(rows[0]) - 1), *rows[1:]]
         return '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return '\n'.join('  '.join(
-        c.ljust(w) if i == 0 else c.rjust(w)
-        for i, (c, w) in enumerate(zip(row, widths)))
-                     for row in rows)
+    return '\n'.join('  '.join(c.rjust(w) if i else c.ljust(w)
+                               for i, (c, w) in enumerate(zip(row, widths))) for row in rows)
 
 
 def table(args):
@@ -765,43 +745,36 @@ def table(args):
     else:
         scores = read_results(args.results or ['runs/vbench/results'])
     groups, tiny = ('quality', 'semantic', 'total'), bool(set(scores) & set(TINY))
-    papers = {} if tiny else {
-        name: dict(zip(VBENCH, (p / 100
-                                for p in row)))
-        for name, row in TABLE_3.items()
-    }
+    papers = {}
+    if not tiny:
+        papers = {name: dict(zip(VBENCH, (p / 100 for p in row)))
+                  for name, row in TABLE_3.items()}
     sums, theirs = aggregate(scores), {name: aggregate(row) for name, row in papers.items()}
     if args.format == 'json':
         result = {'name': args.name, 'scores': scores, **sums}
         if not tiny:
             result['papers'] = {
-                'Reward-Forcing table 1': TABLE_1, 'RAVEN': RAVEN, 'Reward-Forcing table 3': {
-                    name: {'scores': papers[name], **theirs[name]}
-                    for name in papers
-                }, 'note': TABLE_3_NOTE
-            }
+                'Reward-Forcing table 1': TABLE_1, 'RAVEN': RAVEN,
+                'Reward-Forcing table 3': {name: {'scores': papers[name], **theirs[name]}
+                                           for name in papers},
+                'note': TABLE_3_NOTE}
         print(json.dumps(result, indent=1))
         return
     rows = [['dimension', args.name, *(f'{name} (table 3)' for name in papers)]]
     rows += [[name, percent(scores.get(name)), *(percent(row[name]) for row in papers.values())]
              for name in (TINY if tiny else VBENCH)]
     for i, group in enumerate(groups):
-        rows.append([
-            f'{group}, of these',
-            percent(sums[group]), *(percent(row[group]) for row in theirs.values())
-        ])
+        rows.append([f'{group}, of these', percent(sums[group]),
+                     *(percent(row[group]) for row in theirs.values())])
         if not tiny:
-            rows.append([
-                f'{group}, in table 1', '',
-                *(f'{TABLE_1[name][(1, 2, 0)[i]]:.2f}' for name in papers)
-            ])
+            column = (1, 2, 0)[i]  # table 1 begins with the total
+            rows.append([f'{group}, in table 1', '',
+                         *(f'{TABLE_1[name][column]:.2f}' for name in papers)])
     parts = [lay_out(rows, args.format == 'markdown')]
     if not tiny:
-        rows = [['method', 'total', 'quality', 'semantic', 'from']]
-        rows.append([
-            args.name, *(percent(sums[group]) for group in ('total', 'quality', 'semantic')),
-            'above'
-        ])
+        order = ('total', 'quality', 'semantic')
+        rows = [['method', *order, 'from'],
+                [args.name, *(percent(sums[group]) for group in order), 'above']]
         rows += [[name, *(f'{x:.2f}' for x in row), source] for source, paper in
                  (('Reward-Forcing', TABLE_1), ('RAVEN', RAVEN)) for name, row in paper.items()]
         parts += [TABLE_3_NOTE, lay_out(rows, args.format == 'markdown')]

@@ -210,10 +210,8 @@ def read_frames(file, height, width, limit):
     if not Path(file).is_file():
         raise InputError(f'no file {file} to start from')
     try:
-        frames = [
-            cover(picture, height, width)
-            for picture in itertools.islice(pictures(file), limit)
-        ]
+        frames = [cover(picture, height, width)
+                  for picture in itertools.islice(pictures(file), limit)]
     except InputError:
         raise
     except Exception as error:
@@ -244,9 +242,8 @@ def pictures(file):
         return
     with open(file, 'rb') as start:
         jpeg = start.read(2) == b'\xff\xd8'  # whose second picture is a phone's brightness map
-    for picture in itertools.islice(
-            imageio.v3.imiter(file, plugin='pillow', mode='RGBA', rotate=True),
-            1 if jpeg else None):
+    all_of_it = imageio.v3.imiter(file, plugin='pillow', mode='RGBA', rotate=True)
+    for picture in itertools.islice(all_of_it, 1 if jpeg else None):
         alpha = picture[..., 3:] / 255
         yield (picture[..., :3] * alpha + 255 * (1 - alpha)).round().astype(np.uint8)
 
@@ -255,10 +252,8 @@ def cover(picture, height, width):
     """A picture (H, W, 3) of bytes -> (3, height, width) in [-1, 1]."""
     picture = torch.from_numpy(picture).permute(2, 0, 1).unsqueeze(0).float() / 127.5 - 1
     scale = max(height / picture.shape[2], width / picture.shape[3])
-    size = [
-        max(height, round(picture.shape[2] * scale)),
-        max(width, round(picture.shape[3] * scale))
-    ]
+    size = [max(height, round(picture.shape[2] * scale)),
+            max(width, round(picture.shape[3] * scale))]
     if size != list(picture.shape[2:]):
         picture = torch.nn.functional.interpolate(picture, size, mode='bicubic',
                                                   antialias=True).clamp(-1, 1)
@@ -274,10 +269,8 @@ def sigma_schedule(steps=50, shift=5.0):
 
     As Wan's FlowUniPC: linspace(0.999, 0) without its end, shifted.
     """
-    return torch.cat([
-        shift_sigma(torch.linspace(0.999, 0, steps + 1, dtype=torch.float64)[:-1], shift),
-        torch.zeros(1, dtype=torch.float64)
-    ])
+    sigmas = torch.linspace(0.999, 0, steps + 1, dtype=torch.float64)[:-1]
+    return torch.cat([shift_sigma(sigmas, shift), sigmas.new_zeros(1)])
 
 
 @torch.no_grad()
@@ -529,9 +522,9 @@ def video_file(path, args):
     """`with video_file(path, args) as write: write(piece)`: pieces (3, T, H, W) in [-1, 1]
     become an mp4 file, whole or not at all. A piece is encoded while the next one is made."""
     with replacing(path) as temporary:
+        bar = tqdm(total=args.frames, unit='frame', desc=path.name[:30], disable=args.quiet)
         with imageio.get_writer(temporary, fps=args.fps, quality=8, **VIDEO) as writer, \
-                ThreadPoolExecutor(1) as side, \
-                tqdm(total=args.frames, unit='frame', desc=path.name[:30], disable=args.quiet) as bar:
+                ThreadPoolExecutor(1) as side, bar:
             encoding = []
 
             def write(piece):
@@ -613,7 +606,9 @@ def described(args):
         return (f'{args.model} is sampled as the bidirectional teacher: {args.steps} '
                 f'{args.solver} steps, shift {args.shift}, guidance {args.guidance}'
                 + ('' if args.weights else '; a causal generator would come with --checkpoint'))
-    how = 'all frames at once' if args.bidirectional else f'chunks of {counted(args.chunk, "latent frame")}'
+    how = 'all frames at once'
+    if not args.bidirectional:
+        how = f'chunks of {counted(args.chunk, "latent frame")}'
     return f'timesteps {format_steps(args.timesteps)}; {how}'
 
 

@@ -183,12 +183,9 @@ def sample(args, process):
     sigmas, kept = solver_grid(timesteps, args.shift, args.steps)
     prompts, _ = read_prompts(args)
     folder = find_folder(args.model)
-    settings = {
-        key: getattr(args, key)
-        for key in ('model', 'prompts', 'count', 'frames', 'height', 'width', 'steps', 'shift',
-                    'guidance', 'negative', 'per_file', 'seed')
-    }
-    settings['timesteps'] = timesteps
+    names = ('model', 'prompts', 'count', 'frames', 'height', 'width', 'steps', 'shift',
+             'guidance', 'negative', 'per_file', 'seed')
+    settings = {**{key: getattr(args, key) for key in names}, 'timesteps': timesteps}
     there = any(out.glob('trajectories_*.safetensors'))
     if there and (old := Trajectories(out).settings) != settings:
         key = next(key for key in settings if old.get(key) != settings[key])
@@ -204,10 +201,8 @@ def sample(args, process):
     negative = text([args.negative])
 
     # --- what is to be done
-    shards = [
-        range(first, min(first + args.per_file, args.count))
-        for first in range(0, args.count, args.per_file)
-    ]
+    shards = [range(first, min(first + args.per_file, args.count))
+              for first in range(0, args.count, args.per_file)]
     missing = [shard for shard in shards if not shard_path(out, shard[0]).exists()]
     each = 2 * len(kept) * torch.Size(shape).numel()  # bytes, float16
     need = each * sum(map(len, missing))
@@ -255,8 +250,8 @@ def sample(args, process):
 def save_shard(path, trajectory, prompts, settings):
     """One shard, whole or not at all."""
     metadata = {'prompts': json.dumps(prompts), 'settings': json.dumps(settings)}
-    replace_file(
-        path, lambda temporary: write_tensors(temporary, {'trajectory': trajectory}, metadata))
+    state = {'trajectory': trajectory}
+    replace_file(path, lambda temporary: write_tensors(temporary, state, metadata))
 
 
 def train(args, process):

@@ -1102,14 +1102,10 @@ class Resample(nn.Module):
 
 
 def middle_and_head(dim, head_in, head_out):
-    middle = nn.ModuleList(
-        [ResidualBlock(dim, dim),
-         FrameAttention(dim),
-         ResidualBlock(dim, dim)])
-    head = nn.ModuleList(
-        [ChannelNorm(head_in, silu=True),
-         nn.Identity(),
-         CausalConv3d(head_in, head_out, 3)])
+    middle = nn.ModuleList([ResidualBlock(dim, dim), FrameAttention(dim),
+                            ResidualBlock(dim, dim)])
+    head = nn.ModuleList([ChannelNorm(head_in, silu=True), nn.Identity(),
+                          CausalConv3d(head_in, head_out, 3)])
     return middle, head
 
 
@@ -1240,9 +1236,9 @@ class WanVAE(nn.Module):
                              f'(B, 3, T, H, W) with T = 1 + {st}k frames, and height and width '
                              f'multiples of {sh}')
         cache, dtype = {}, self.conv1.weight.dtype
-        parts = [
-            self.encoder(v.to(dtype), cache) for v in video.split([1] + [st] * (T // st), dim=2)
-        ]
+        # the first frame by itself, then as many at a time as make one latent frame
+        parts = [self.encoder(v.to(dtype), cache)
+                 for v in video.split([1] + [st] * (T // st), dim=2)]
         mu = self.conv1(torch.cat(parts, dim=2))[:, :self.z_dim]
         return (mu.float() - self.mean) / self.std
 
@@ -1279,10 +1275,9 @@ NEGATIVE_PROMPT = ('色调艳丽，过曝，静态，细节模糊不清，字幕
                    '手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走')
 
 
-QUOTES = {
-    **dict.fromkeys([0x02BC, *range(0x2018, 0x201C)], "'"),
-    **dict.fromkeys(range(0x201C, 0x2020), '"'), 0xFEFF: None, 0x3000: ' '
-}  # what ftfy, which Wan calls, makes of these characters
+# what ftfy, which Wan calls, makes of these characters
+QUOTES = {**dict.fromkeys([0x02BC, *range(0x2018, 0x201C)], "'"),
+          **dict.fromkeys(range(0x201C, 0x2020), '"'), 0xFEFF: None, 0x3000: ' '}
 
 
 def clean_text(text):
@@ -1299,9 +1294,8 @@ def say_cut(process, prompts, reader, name):
     takes of them."""
     if process.rank > 0:
         return  # a list may have hundreds of thousands
-    count = sum(
-        len(ids) > reader.text_len
-        for ids in reader.tokenizer([clean_text(p) for p in prompts]).input_ids)
+    words = reader.tokenizer([clean_text(p) for p in prompts]).input_ids
+    count = sum(len(ids) > reader.text_len for ids in words)
     if count:
         process.print(f'{count} of {len(prompts)} prompts are cut at the {reader.text_len} '
                       f'tokens that {name} reads')
@@ -1387,8 +1381,8 @@ class ImageReward(nn.Module):
         from transformers.models.blip.modeling_blip_text import BlipTextModel
         super().__init__()
         s = {**REWARD_SIZES, **sizes}
-        self.image_size, self.mean, self.std, self.tokenizer = s[
-            'image_size'], mean, std, tokenizer
+        self.image_size, self.tokenizer = s['image_size'], tokenizer
+        self.mean, self.std = mean, std
         self.vision = BlipVisionModel(
             BlipVisionConfig(hidden_size=s['vision_dim'], intermediate_size=4 * s['vision_dim'],
                              num_hidden_layers=s['vision_layers'],
@@ -1623,7 +1617,8 @@ def t5_key(key):
               ('.ffn.fc2.', '.layer.1.DenseReluDense.wo.')])
 
 
-LFS_SIGN, LFS_FILE = 'version https://git-lfs', 'a Git-LFS pointer, not the file itself: fetch it with git lfs pull'
+LFS_SIGN = 'version https://git-lfs'
+LFS_FILE = 'a Git-LFS pointer, not the file itself: fetch it with git lfs pull'
 OTHER_FILES = {LFS_SIGN.encode(): LFS_FILE,
                b'GGUF': 'a GGUF file, whose quantised weights are not supported: take '
                         'safetensors',
@@ -1683,9 +1678,8 @@ def read_folder(folder, stem='diffusion_pytorch_model'):
     files = [folder / f'{stem}.safetensors']
     if index.exists():
         with loading(index):
-            files = [
-                folder / name for name in sorted(set(read_json(index)['weight_map'].values()))
-            ]
+            names = sorted(set(read_json(index)['weight_map'].values()))
+            files = [folder / name for name in names]
     return {key: tensor for file in files for key, tensor in read_state(file)[0].items()}
 
 
@@ -1716,11 +1710,10 @@ def read_json(path, kind=None):
     return content
 
 
-DIT_FILES, VAE_FILES = ['diffusion_pytorch_model*',
-                        'transformer/*'], ['Wan2.1_VAE.pth', 'vae/*']
-TEXT_FILES = [
-    'models_t5_umt5-xxl-enc-bf16.pth', 'google/umt5-xxl/*', 'text_encoder/*', 'tokenizer/*'
-]
+DIT_FILES = ['diffusion_pytorch_model*', 'transformer/*']
+VAE_FILES = ['Wan2.1_VAE.pth', 'vae/*']
+TEXT_FILES = ['models_t5_umt5-xxl-enc-bf16.pth', 'google/umt5-xxl/*', 'text_encoder/*',
+              'tokenizer/*']
 
 
 def find_folder(name, patterns=(*DIT_FILES, *VAE_FILES, *TEXT_FILES)):
@@ -1845,10 +1838,8 @@ def load_vae(name, dtype=torch.float32, device='cpu', **sizes):
                          temporal_downsample=raw['temperal_downsample'],
                          latent_mean=raw['latents_mean'], latent_std=raw['latents_std'])
         names = {vae_diffusers_key(key, raw['num_res_blocks']): key for key in vae.state_dict()}
-        state = {
-            names.get(key, key): value
-            for key, value in read_folder(folder / 'vae').items()
-        }
+        state = {names.get(key, key): value
+                 for key, value in read_folder(folder / 'vae').items()}
     else:
         vae, state = WanVAE(**sizes), read_state(folder / 'Wan2.1_VAE.pth')[0]
     vae = load_exactly(vae, state, f'{folder} (VAE)').to(device, dtype)
@@ -1889,9 +1880,8 @@ def load_image_reward(name, device='cpu'):
     ImageReward.safetensors with its sizes as JSON under `config` in the metadata. Words: a
     tokenizer/ beside it, else bert-base-uncased."""
     folder = find_folder(name, ['ImageReward.*', 'med_config.json', 'tokenizer/*'])
-    file = next((folder / f
-                 for f in ('ImageReward.safetensors', 'ImageReward.pt')
-                 if (folder / f).exists()), None)
+    files = [folder / f'ImageReward.{kind}' for kind in ('safetensors', 'pt')]
+    file = next((f for f in files if f.exists()), None)
     if file is None:
         raise InputError(f'{folder} holds neither ImageReward.pt nor ImageReward.safetensors')
     state, metadata = read_state(file)
@@ -1902,11 +1892,8 @@ def load_image_reward(name, device='cpu'):
     names = {ImageReward.published_key(key): key for key in model.state_dict()}
     unused = ('blip.vision_proj.', 'blip.text_proj.',
               'blip.text_encoder.embeddings.position_ids')
-    state = {
-        names.get(key, key): value.float()
-        for key, value in state.items()
-        if not key.startswith(unused)
-    }
+    state = {names.get(key, key): value.float()
+             for key, value in state.items() if not key.startswith(unused)}
     return load_exactly(model, state, file).to(device).eval().requires_grad_(False)
 
 
@@ -2005,8 +1992,9 @@ def merge_lora(state, base, config=None):
     scale: alpha / r, or with config['use_rslora'] alpha / sqrt(r), of each module: alpha is
     <module>.alpha, or that of the config's alpha_pattern that its name ends in, or the config's
     lora_alpha, or r. A bias of B is added to the module's own, scaled alike; <module>.diff,
-    diff_b and diff_m (of its modulation) are added as they are. When `state` holds nothing else (an adapter without its
-    model), W is taken from `base`. InputError for what does not fit, and for any other part.
+    diff_b and diff_m (of its modulation) are added as they are. When `state` holds nothing else
+    (an adapter without its model), W is taken from `base`. InputError for what does not fit,
+    and for any other part.
     """
     config, parts, full = config or {}, {}, {}
 
@@ -2120,12 +2108,10 @@ def save_checkpoint(path, state, **metadata):
     Weights that are not finite: InputError.
     """
     check_finite(state, f'the weights for {path} are not finite; try a lower --lr')
-    text = {
-        key: json.dumps(
-            dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value)
-        if not isinstance(value, str) else value
-        for key, value in metadata.items()
-    }
+    text = {}
+    for key, value in metadata.items():
+        plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+        text[key] = plain if isinstance(plain, str) else json.dumps(plain)
     replace_file(Path(path), lambda temporary: write_tensors(temporary, state, text))
 
 
@@ -2139,17 +2125,14 @@ def write_tensors(path, state, metadata):
     """A safetensors file: its header's length, the header, the tensors. The package itself
     writes a file that a kill leaves behind under another name, and that its owner alone may
     read."""
-    names = {
-        torch.float64: 'F64', torch.float32: 'F32', torch.float16: 'F16', torch.bfloat16: 'BF16'
-    }
+    names = {torch.float64: 'F64', torch.float32: 'F32', torch.float16: 'F16',
+             torch.bfloat16: 'BF16'}
     # aligned, whatever the dtypes
     state = dict(sorted(state.items(), key=lambda item: -item[1].itemsize))
     header, end = {'__metadata__': metadata}, 0
     for key, x in state.items():
-        header[key] = {
-            'dtype': names[x.dtype], 'shape': [*x.shape],
-            'data_offsets': [end, end := end + x.nbytes]
-        }
+        header[key] = {'dtype': names[x.dtype], 'shape': [*x.shape],
+                       'data_offsets': [end, end := end + x.nbytes]}
     text = json.dumps(header).encode()
     text += b' ' * (-(8 + len(text)) % 64)  # so that the tensors lie as in memory
     with open(path, 'wb') as file:
@@ -2312,14 +2295,14 @@ class Trajectories:
         for path in sorted(Path(folder).glob('trajectories_*.safetensors')):
             try:
                 file = self.files[path] = safe_open(path, 'pt')
-                settings, prompts = json.loads(file.metadata()['settings']), json.loads(
-                    file.metadata()['prompts'])
+                settings, prompts = (json.loads(file.metadata()[key])
+                                     for key in ('settings', 'prompts'))
                 self.where += [(path, i, str(prompt)) for i, prompt in enumerate(prompts)]
                 # (count, K + 1, C, F, H, W)
                 count, *of_one = file.get_slice('trajectory').get_shape()
                 shape = shape or of_one
-                if [count, of_one] != [len(prompts), shape
-                                       ] or of_one[0] != len(settings['timesteps']) + 1:
+                states = len(settings['timesteps']) + 1
+                if (count, of_one, of_one[0]) != (len(prompts), shape, states):
                     raise ValueError('of another shape')
             except Exception as error:
                 raise InputError(f'{path} is not a shard of trajectories, or is damaged: '
@@ -2571,11 +2554,12 @@ def cause_in_words(error):
         # what is still in the buffer has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 'the pipe that the output goes to is closed'
-    if isinstance(error,
-                  (MemoryError, torch.OutOfMemoryError)) or 'DefaultCPUAllocator' in str(error):
-        return f'no memory left, take a smaller --batch, fewer --frames or smaller ones: {first_line(error)}'
-    refused = isinstance(
-        error, OSError) and error.errno in (*NO_SPACE, errno.EACCES, errno.EPERM, errno.EROFS)
+    full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if full or 'DefaultCPUAllocator' in str(error):
+        return ('no memory left, take a smaller --batch, fewer --frames or smaller ones: '
+                f'{first_line(error)}')
+    refusals = (*NO_SPACE, errno.EACCES, errno.EPERM, errno.EROFS)
+    refused = isinstance(error, OSError) and error.errno in refusals
     return str(error) if refused or isinstance(error, InputError) else None
 
 
@@ -2625,10 +2609,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
-        words = [
-            re.sub(r'^(--[\w-]+=)?(~/.*)', lambda m: (m[1] or '') + os.path.expanduser(m[2]), w)
-            for w in words
-        ]
+        words = [re.sub(r'^(--[\w-]+=)?(~/.*)',
+                        lambda m: (m[1] or '') + os.path.expanduser(m[2]), w) for w in words]
         return super().parse_known_args(words, namespace)
 
 
@@ -2747,11 +2729,10 @@ def model_defaults(name, stage=''):
     for key in ('checkpoint', 'held_out'):  # which are read before the flags are checked
         if not isinstance(given.get(key, ''), str):
             raise InputError(f'{file}: {key} = {given[key]} is no name of a file')
-    return {
-        k: str(file.parent / v) if v and isinstance(v, str) and
-        os.path.exists(file.parent / v) else v
-        for k, v in given.items()
-    }
+    for key, value in given.items():
+        if value and isinstance(value, str) and os.path.exists(file.parent / value):
+            given[key] = str(file.parent / value)
+    return given
 
 
 def as_words(name, value, known):
@@ -2887,11 +2868,8 @@ class EMA:
 
     def __init__(self, model, decay, start=0):
         self.decay, self.start = decay, start
-        self.average = {
-            name: p.detach().clone()
-            for name, p in model.named_parameters()
-            if p.requires_grad
-        }
+        self.average = {name: p.detach().clone()
+                        for name, p in model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def update(self, model, step):
@@ -2980,7 +2958,8 @@ class Run:
     sample's number or the step.
     """
     MAY_CHANGE = ('steps', 'batch', 'accum', 'out', 'resume', 'save_every', 'keep_every',
-                  'sample_every', 'device', 'checkpointing', 'offload_text', 'motion_alarm', 'shard')
+                  'sample_every', 'device', 'checkpointing', 'offload_text', 'motion_alarm',
+                  'shard')
 
     def __init__(self, stage, args, process, then, **parts):
         """then: commands to try with the result, whose file comes after them; said at the end
@@ -2991,19 +2970,16 @@ class Run:
         self.step = self.saved = self.began = 0
         self.warned = False  # of motion that falls
         settings = {k: v for k, v in vars(args).items() if k not in self.MAY_CHANGE}
-        self.settings = {
-            'stage': stage, 'samples per step': args.batch * args.accum * process.world,
-            **settings
-        }
+        self.settings = {'stage': stage,
+                         'samples per step': args.batch * args.accum * process.world,
+                         **settings}
         if self.state.exists():
             self.load()
         elif process.rank == 0:
             replace_file(self.log, lambda path: path.write_text(''))
         if process.rank == 0:
-            written = {
-                'stage': stage, 'processes': process.world, 'torch': torch.__version__,
-                **vars(args)
-            }
+            written = {'stage': stage, 'processes': process.world,
+                       'torch': torch.__version__, **vars(args)}
             replace_file(self.folder / 'settings.json', lambda path: path.write_text(
                 json.dumps(written, indent=1, ensure_ascii=False, default=str) + '\n',
                            encoding='utf-8'))
@@ -3078,7 +3054,9 @@ class Run:
 
     def last_good(self):
         """What to do when a run has diverged."""
-        last = f'the last good state is step {self.saved} in {self.state}' if self.saved else 'no step was saved'
+        last = 'no step was saved'
+        if self.saved:
+            last = f'the last good state is step {self.saved} in {self.state}'
         return f'{last}; try a lower --lr'
 
     def report(self, **metrics):
