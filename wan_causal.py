@@ -2496,7 +2496,10 @@ def processes(device=None, shard=False):
 
 
 def seeded(seed, device='cpu'):
-    """A torch.Generator on `device`."""
+    """A torch.Generator on `device`. On a CPU torch takes 32 bits of a seed and drops what is
+    above them, so that is mixed in."""
+    if torch.device(device).type == 'cpu':
+        seed = (seed + (seed >> 32) * 0x9E3779B1) % (1 << 32)  # the golden ratio's digits
     return torch.Generator(device).manual_seed(seed)
 
 

@@ -35,6 +35,19 @@ def test_every_epoch_goes_through_all_items_in_another_order():
     assert all(sorted(e) == list("abcdefghij") for e in epochs) and epochs[0] != epochs[1] != epochs[2]
 
 
+def test_every_bit_of_a_seed_counts():
+    """torch's own generator of a CPU would give seed 7 and seed 7 + 2^40 the same noise."""
+    args = [types.SimpleNamespace(seed=seed) for seed in (0, 1, 2, 4096, (1 << 24) - 1)]
+    generators = [g for a in args for g in wc.sample_generators(a, range(100))]
+    generators += [wc.seeded(seed) for seed in (1 << 32, 1 << 63, (1 << 63) - 1, -1)]
+    draws = {tuple(torch.randn(4, generator=g).tolist()) for g in generators}
+    assert len(draws) == len(generators)
+    plain = torch.randn(4, generator=torch.Generator().manual_seed(7))  # small ones are torch's
+    assert torch.equal(torch.randn(4, generator=wc.seeded(7)), plain)
+    orders = [tuple(wc.shuffled(range(50), n, seed) for n in range(50)) for seed in (0, 1, 4096, (1 << 24) - 1)]
+    assert len(set(orders)) == 4 and all(sorted(order) == list(range(50)) for order in orders)
+
+
 def test_the_split_over_processes_and_accumulation_takes_the_same_samples():
     def taken(batch, accum, world):
         args = types.SimpleNamespace(batch=batch, accum=accum)
