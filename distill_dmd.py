@@ -37,9 +37,12 @@ scripts count critic updates). RAVEN's public code rounds the timesteps, to 1000
 625; here they are 1000, 937.5, 833.33, 625. Self Forcing's public code lets later chunks'
 losses reach earlier chunks' noisy keys through its cache (7 to 14 % of the weight gradient),
 here the history is the constant that the paper has; its score networks keep shift 8 (at most
-6 % of the direction), and its clean history has a sigma above 0 (x0 off by 2e-3). CausVid has
-no EMA, here its default is Self Forcing's. The bidirectional student's settings are Self
-Forcing's with RAVEN's guidance: Reward-Forcing gives none for that stage.
+6 % of the direction), and its clean history has a sigma above 0 (x0 off by 2e-3). CausVid
+noises data to 1000, 757, 522 or 0, here to the start's own steps or 0 (without metadata: those
+of shift 8); it has no EMA, here its default is Self Forcing's. Teacher forcing has CausVid's
+settings, though RAVEN compares it under its own. The bidirectional student's settings are Self
+Forcing's with RAVEN's guidance: Reward-Forcing gives none for that stage. Reward +
+distillation has Self Forcing's batch of 64 (the paper's appendix: 8).
 
 Tiny model, on a CPU, in minutes; then one machine of 8 GPUs:
     python distill_dmd.py --out runs/student
@@ -160,8 +163,9 @@ def reward_and_gradient(reward, vae, x0, prompts, frame):
 
 
 def with_reward(direction, gradient, weight, weights):
-    """Distillation and reward on the same scale, summed (Reward-Forcing 5.1; the paper gives no
-    formula): a direction for `dmd_loss`.
+    """Distillation and reward on the same scale, summed: a direction for `dmd_loss`.
+    Reward-Forcing's appendix B has the two losses on one scale, without a formula; here it is
+    their gradients at x0 that are.
 
     direction, and the reward's gradient at x0, which goes the other way: both (B, C, F, H, W).
     Per sample, the gradient is brought to the norm of the direction as the loss weights it;

@@ -16,11 +16,14 @@ train   each chunk of frames draws one of the K + 1 states (the last one is clea
   {x_t_i}, i = 1..K and x_0     trajectory
   G_phi(x_t, t)                 x0_from_v(x_t, generator(...), t)
 
-The solver's grid contains the student's timesteps exactly, at the student's shift. Differs
-from the public scripts, which solve at shift 8 and keep states at t = 1000, 960, 889, 727,
-while the student runs at 1000, 937.5, 833.3, 625. Reward-Forcing speaks of all timesteps;
-the K + 1 states of the student's are kept here, as in CausVid. The loss is averaged within
-each sample first, in the public code over all noisy frames of the batch at once.
+The solver's grid contains the student's timesteps exactly, at the student's shift, as Causal
+Forcing's does. Differs from Self Forcing's script, which solves at shift 8 and keeps states at
+t = 1000, 960, 889, 727, while its student runs at 1000, 937.5, 833.3, 625; and from CausVid's,
+which keeps 1000, 757, 522 and solves in float32 (here bfloat16 on CUDA, without --dtype
+float32). Reward-Forcing speaks of all timesteps; the K + 1 states of the student's are kept
+here, as in CausVid. The loss is averaged within each sample first, in the public code over all
+noisy frames of the batch at once. Training has CausVid's settings (3000 steps of 128, beta1
+0.9), and the averaged weights of the other stages.
 
 Tiny model, on a CPU, in minutes; then one machine of 8 GPUs:
     python ode_init.py sample --out runs/trajectories

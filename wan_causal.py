@@ -675,8 +675,8 @@ class WanModel(nn.Module):
 
         x        (B, C, F, H, W) latents; H and W even.
         t        timesteps in [0, 1000], one per sample (B,) or per latent frame (B, F).
-        context  (B, L', text_dim) text embeddings; ignored when the cache already holds the
-                 prompt.
+        context  (B, L', text_dim) text embeddings; without gradient ignored when the cache
+                 already holds the prompt.
         layout   positions and visibility of the frames; default: `bidirectional`.
         cache    a KVCache, instead of a layout: the frames are a chunk at positions start,
                  start + 1, ... that sees itself and the history. Without gradient its keys and
@@ -2410,7 +2410,8 @@ class Process:
 
     def sync(self, model, now=True):
         """Context of a backward pass. DDP averages gradients over processes only in the step's
-        last one; sharded ones are averaged every time, since they would not fit whole."""
+        last one; sharded ones are averaged every time, since they would not fit whole. (Where
+        several forwards share a backward pass, autograd holds them whole until its end.)"""
         if self.world == 1 or self.shard or now:
             return contextlib.nullcontext()
         return model.no_sync()

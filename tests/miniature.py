@@ -108,7 +108,7 @@ of the difference caption by caption, itself the mean over seeds. A size that ma
 ODE only lacks to the teacher (mean of chunk-wise and frame by frame), and nothing else. "more" is yes above 0, no below;
 "keeps" is yes above minus that size, no below. Where the interval holds both, it is an answer if it reaches no further than
 that size to either side of its middle: no difference larger than what it reaches to. Else it is unclear."""
-MEASUREMENTS = {'path': 'pixels per frame', 'reward': 'reward', 'texture_correlation': 'texture correlation',
+MEASUREMENTS = {'reward': 'reward', 'texture_correlation': 'texture correlation', 'path': 'pixels per frame',
                 'flicker': 'flicker', 'late_reward': 'reward, late'}  # what they are called
 COLOURS = {'yes': '#2a8f4a', 'alike': '#1f6fb4', 'no': '#d1541f', 'unclear': '#999999'}  # of a verdict
 VERDICTS = {'yes': 'yes', 'alike': 'no difference larger than what the line reaches to', 'no': 'no', 'unclear': 'unclear'}
@@ -191,36 +191,61 @@ def claims(figures):
         captions = by_caption(figures, left, measurement) - by_caption(figures, right, measurement)
         gap = float(ours.mean() - theirs.mean())
         spread, freedom = pooled_spread(figures, measurement)
-        half = math.inf
+        of_captions = float(captions.var()) / len(captions)
+        half = own = math.inf
         if freedom:
-            variance = spread ** 2 * (1 / len(ours) + 1 / len(theirs)) + float(captions.var()) / len(captions)
+            variance = spread ** 2 * (1 / len(ours) + 1 / len(theirs)) + of_captions
             half = t_quantile(0.975, freedom) * variance ** 0.5
+        if min(len(ours), len(theirs)) > 1:  # beside RULE: with the two runs' own spreads (Welch)
+            parts = [(float(run.var()) / len(run), len(run) - 1) for run in (ours, theirs)]
+            of_seeds = sum(part for part, _ in parts)
+            freedom = of_seeds ** 2 / sum(part ** 2 / n for part, n in parts)
+            own = t_quantile(0.975, freedom) * (of_seeds + of_captions) ** 0.5
         yield dict(words=words, left=left, right=right, measurement=measurement, kind=kind, paper=paper, gap=gap,
                    ours=float(ours.mean()), theirs=float(theirs.mean()), seeds=(len(ours), len(theirs)), half=half,
-                   size=size, verdict=judge(gap, half, size, kind))
+                   own=own, size=size, verdict=judge(gap, half, size, kind), own_verdict=judge(gap, own, size, kind))
 
 
 def verdict_words(claim):
-    """A claim's verdict, the bound with it where there is one."""
+    """A claim's verdict, the bound with it where there is one, rounded up."""
     if claim['verdict'] != 'alike':
         return claim['verdict']
-    return f'no difference larger than {abs(claim["gap"]) + claim["half"]:.2f}'
+    return f'no difference larger than {math.ceil(100 * (abs(claim["gap"]) + claim["half"])) / 100:.2f}'
+
+
+def of_same_seeds(figures, left, right, measurement):
+    """The difference over the seeds that both runs have, which decides nothing; None where there are none."""
+    ours, theirs = (figures[run][measurement] for run in (left, right))
+    both = ours.keys() & theirs.keys()
+    return sum(float(ours[seed].mean() - theirs[seed].mean()) for seed in both) / len(both) if both else None
 
 
 def claims_table(figures):
     """The papers' claims beside what was measured, as Markdown."""
-    lines = ['| the papers say | their figure | measured here | difference | size that matters | seeds | holds |',
-             '|---|---|---|---|---|---|---|']
+    lines = ['| the papers say | their figure | measured here | seeds | difference | holds | with the runs\' own spreads '
+             '| difference of the same seeds |', '|---|---|---|---|---|---|---|---|']
     decided = {(c['left'], c['right'], c['measurement']): c for c in claims(figures)}
     for words, left, right, measurement, _, paper in CLAIMS:
         names = [tiny_world.WORDS[run] for run in (left, right)]
         if (c := decided.get((left, right, measurement))) is None:
-            lines.append(f'| {words} | {paper} | {MEASUREMENTS[measurement]}: {", ".join(names)} | not run | – | – | – |')
+            lines.append(f'| {words} | {paper} | {MEASUREMENTS[measurement]}: {", ".join(names)} | not run | – | – | – | – |')
             continue
         half = f'± {c["half"]:.2f}' if math.isfinite(c['half']) else '(no spread)'
+        own = f'± {c["own"]:.2f}: {VERDICTS[c["own_verdict"]].split(" larger")[0]}' if math.isfinite(c['own']) else '–'
+        same = of_same_seeds(figures, left, right, measurement)
         lines.append(f'| {words} | {paper} | {MEASUREMENTS[measurement]}: {names[0]} {c["ours"]:.2f}, {names[1]} '
-                     f'{c["theirs"]:.2f} | {c["gap"]:+.2f} {half} | {c["size"]:.2f} | {c["seeds"][0]}, {c["seeds"][1]} | '
-                     f'{verdict_words(c)} |')
+                     f'{c["theirs"]:.2f} | {c["seeds"][0]}, {c["seeds"][1]} | {c["gap"]:+.2f} {half} | {verdict_words(c)} | '
+                     f'{own} | {"–" if same is None else f"{same:+.2f}"} |')
+    return '\n'.join(lines)
+
+
+def sizes_table(figures):
+    """What RULE decides by, as Markdown: of each measurement the size that matters and the spread."""
+    lines = ['| measurement | size that matters | spread over seeds |', '|---|---|---|']
+    for measurement, words in MEASUREMENTS.items():
+        size, (spread, freedom) = size_that_matters(figures, measurement), pooled_spread(figures, measurement)
+        if size is not None and measurement in {claim[3] for claim in CLAIMS}:
+            lines.append(f'| {words} | {size:.3f} | {spread:.3f} ({freedom} degrees of freedom) |')
     return '\n'.join(lines)
 
 
@@ -265,7 +290,7 @@ def new_figure(width, height, *grid, **how):
 def draw_claims(path, rows):
     """`claims` as a picture: each difference as a point in its interval, in sizes that matter."""
     figure, ((axes,),) = new_figure(11, 1.4 + 0.4 * len(rows), 1, 1)
-    limit = min(12, 1 + max(abs(c['gap']) / c['size'] for c in rows))
+    limit = min(12, max(1 + max((abs(c['gap']) + c['half']) / c['size'] for c in rows if math.isfinite(c['half'])), 2))
     axes.axvspan(-1, 1, color='#f0f0f0')
     axes.axvline(0, color='black', linewidth=1)
     for place, c in enumerate(rows):
@@ -338,6 +363,17 @@ def trades(figures):
         if len(way) > 1:
             ways[run] = way
     return ways
+
+
+def trades_table(ways):
+    """`trades` as Markdown: reward, pixels per frame after so many steps."""
+    steps = sorted({step for way in ways.values() for step, *_ in way})
+    lines = ['| reward, px per frame | ' + ' | '.join(f'{step} steps' if step else 'ODE only' for step in steps) + ' |',
+             '|---' * (len(steps) + 1) + '|']
+    for run, way in ways.items():
+        cells = {step: f'{reward:.2f}, {path:.2f}' for step, reward, path in way}
+        lines.append(f'| {tiny_world.WORDS[run]} | ' + ' | '.join(cells.get(step, '–') for step in steps) + ' |')
+    return '\n'.join(lines)
 
 
 def draw_trades(path, ways):
@@ -486,12 +522,9 @@ def report(folder, pictures):
     """Print the tables of the figures in a folder, and draw its pictures into the folder `pictures`."""
     figures = read_figures(folder)
     print(results_table(figures), '\n')
-    for measurement in ('reward', 'texture_correlation', 'path', 'flicker', 'late_reward'):
-        size, (spread, freedom) = size_that_matters(figures, measurement), pooled_spread(figures, measurement)
-        if size is not None:
-            print(f'{MEASUREMENTS[measurement]}: size that matters {size:.3f}, spread over seeds {spread:.3f} '
-                  f'({freedom} degrees of freedom)')
-    print('\n' + claims_table(figures))
+    print(sizes_table(figures), '\n')
+    print(claims_table(figures), '\n')
+    print(trades_table(trades(figures)))
     if rows := list(claims(figures)):
         draw_claims(pictures / 'claims.png', rows)
     draw_over_time(pictures / 'over_time.png', figures)

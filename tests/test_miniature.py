@@ -141,6 +141,12 @@ def test_the_interval_is_of_seeds_and_captions():
     one, = (c for c in miniature.claims(figures) if c["left"] == "reward" and c["measurement"] == "reward")
     assert one["gap"] == pytest.approx(0.4) and one["seeds"] == (3, 2) and one["verdict"] == "yes"
     assert one["half"] == pytest.approx(miniature.t_quantile(0.975, 4) * spread * (1 / 3 + 1 / 2) ** 0.5)
+    # Welch: variances 0.01 of 3 seeds and 0.02 of 2, so 1.685 degrees of freedom
+    own = 0.01 / 3 + 0.02 / 2
+    freedom = own ** 2 / ((0.01 / 3) ** 2 / 2 + (0.02 / 2) ** 2)
+    assert freedom == pytest.approx(1.684, abs=1e-3)
+    assert one["own"] == pytest.approx(miniature.t_quantile(0.975, freedom) * own ** 0.5, rel=1e-4)
+    assert one["own_verdict"] == "unclear"
     # what captions have in common does not widen it, what they have not does
     both = made_up(teacher=([1.0], 0), ode=([0.4, 0.6], 1), ode_frame=([0.2], 1), reward=([0.8, 1.0, 0.9], 1))
     same, = (c for c in miniature.claims(both) if c["left"] == "reward" and c["measurement"] == "reward")
@@ -152,10 +158,19 @@ def test_the_interval_is_of_seeds_and_captions():
     assert twice["half"] == pytest.approx(wide["half"], rel=1e-4)
 
 
+def test_what_stands_beside_a_claim():
+    """The difference of the seeds that both runs have, and a bound that is never below its figure."""
+    figures = made_up(teacher=([1.0], 0), ode=([0.4, 0.6, 0.9], 0), ode_frame=([0.1], 0), reward=([0.8, 1.1], 0))
+    assert miniature.of_same_seeds(figures, "reward", "ode", "reward") == pytest.approx((0.4 + 0.5) / 2)
+    figures["reward"]["reward"] = {7: torch.ones(3)}
+    assert miniature.of_same_seeds(figures, "reward", "ode", "reward") is None
+    assert miniature.verdict_words(dict(verdict="alike", gap=-0.0301, half=0.03)) == "no difference larger than 0.07"
+
+
 def test_without_seeds_nothing_is_decided():
     figures = made_up(teacher=([1.0], 0), ode=([0.4], 0), ode_frame=([0.2], 0), reward=([0.9], 0))
     assert {c["verdict"] for c in miniature.claims(figures)} == {"unclear"}
-    assert "+0.50 (no spread)" in miniature.claims_table(figures)
+    assert "+0.50 (no spread) | unclear | – | +0.50 |" in miniature.claims_table(figures)
     assert list(miniature.claims({})) == [] and miniature.claims_table({}).count("not run") == len(miniature.CLAIMS)
 
 
@@ -169,6 +184,7 @@ def test_claims_are_drawn_as_they_are_decided(tmp_path):
     assert {c["words"] for c in rows} <= drawn and "0.90 − 0.50" in drawn
     points = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"]
     assert points == pytest.approx([c["gap"] / c["size"] for c in rows])
+    assert axes.get_xlim()[1] > max((abs(c["gap"]) + c["half"]) / c["size"] for c in rows)  # whole bars
 
 
 def test_figures_are_gathered_from_the_measurements(tmp_path):
@@ -197,9 +213,13 @@ def test_reward_against_motion():
         "reward": [(0, pytest.approx(0.6), pytest.approx(0.6)), (50, pytest.approx(0.7), pytest.approx(0.7)),
                    (200, pytest.approx(1.0), pytest.approx(1.0))],
         "reward_exact": [(0, pytest.approx(0.5), pytest.approx(0.5)), (200, pytest.approx(0.9), pytest.approx(0.9))]}
+    assert miniature.trades_table(miniature.trades(figures)).splitlines()[2:] == [
+        "| reward forcing | 0.60, 0.60 | 0.70, 0.70 | 1.00, 1.00 |",
+        "| reward forcing, exact gradient | 0.50, 0.50 | – | 0.90, 0.90 |"]
 
 
-def test_the_page_has_the_claims_as_measured():
-    page = (ROOT / "tests/claims.md").read_text()
-    assert miniature.claims_table(kept_figures()) in page
-    assert miniature.RULE.splitlines()[0] in page
+def test_the_page_has_what_was_measured():
+    page, figures = (ROOT / "tests/claims.md").read_text(), kept_figures()
+    for part in (miniature.RULE, miniature.sizes_table(figures), miniature.claims_table(figures),
+                 miniature.trades_table(miniature.trades(figures)), miniature.results_table(figures)):
+        assert part in page, part
