@@ -41,10 +41,10 @@ import tempfile
 import unicodedata
 from pathlib import Path
 
-from wan_causal import (CLIP_MEAN, CLIP_STD, InputError, Parser, aesthetic_head, find_file,
-                        load_clip, model_defaults, number, pretrained, processes, read_json,
-                        read_lines, refuse_unused, replace_file, require_ffmpeg, run_script,
-                        tiny_model, whole)
+from wan_causal import (CLIP_MEAN, CLIP_STD, InputError, Parser, aesthetic_head,
+                        check_writable, find_file, load_clip, model_defaults, number,
+                        pretrained, processes, read_json, read_lines, refuse_unused,
+                        replace_file, require_ffmpeg, run_script, tiny_model, whole)
 
 import imageio
 import numpy as np
@@ -154,10 +154,10 @@ def read_suite(path):
 def checked_suite(entries, path):
     """The entries, if each has what is needed, and a prompt that can name its videos."""
     for i, entry in enumerate(entries):
-        prompt, names = (entry.get(key)
-                         for key in ('prompt_en',
-                                     'dimension')) if isinstance(entry, dict) else (0, 0)
-        if not isinstance(prompt, str) or not prompt.strip() or not isinstance(names, list):
+        entry = entry if isinstance(entry, dict) else {}
+        prompt, names = entry.get('prompt_en'), entry.get('dimension')
+        fits = isinstance(prompt, str) and prompt.strip() and isinstance(names, list)
+        if not fits or not all(isinstance(name, str) for name in names):
             raise InputError(f'{path}: entry {i} is not {{"prompt_en": text, "dimension": '
                              '[names]}')
         if unknown := [name for name in names if name not in VBENCH and name not in TINY]:
@@ -511,6 +511,8 @@ def read_video(path):
         frames = np.stack([frame[..., :3] for frame in imageio.v3.imiter(path)])
         if frames.ndim != 4 or len(frames) < 2:
             raise ValueError('fewer than two frames')
+    except MemoryError:
+        raise
     except Exception as error:
         raise InputError(f'{path} cannot be read as a video of at least two frames: make it '
                          'again') from error
@@ -529,7 +531,7 @@ def videos_to_score(args, entries, dimensions):
         names = [(dimension, f'{entry["prompt_en"]}-{i}.mp4', entry) for entry in entries
                  if dimension in entry['dimension']
                  for i in range(1 if args.custom else args.samples)]
-        mine = [(dimension, entry.get('file') or
+        mine = [(dimension, entry['file'] if args.custom else
                  there.get(unicodedata.normalize('NFC', name), folder / name), entry)
                 for dimension, name, entry in names]
         found = [job for job in mine if job[1].is_file()]
@@ -554,13 +556,17 @@ def write_results(out, dimension, total, videos):
 
 def check_results(args, dimensions):
     """Scores of the videos in another folder are not written over."""
-    mine = {Path(folder).resolve() for folder in (args.videos, args.filtered) if folder}
+    default = (Path(args.out) / 'videos').resolve()
+    mine = {Path(folder).resolve() for folder in (args.videos or default, args.filtered)
+            if folder}
     for file in (result_file(args.out, name) for name in dimensions):
         if not file.exists():
             continue
         try:
             (_, videos), = read_json(file).values()
             theirs = {Path(video['video_path']).resolve().parent for video in videos}
+            if not args.videos:  # wherever this --out lay when they were scored
+                theirs = {path for path in theirs if path.parts[-2:] != default.parts[-2:]}
         except (TypeError, ValueError, KeyError, AttributeError):
             theirs = {'other videos'}
         if other := theirs - mine:
@@ -640,7 +646,9 @@ def check_scoring(args):
     left = Path(args.out) / 'full_info.json'
     if args.custom:
         # not a killed run's temporary files, nor macOS's
-        files = sorted(Path(args.videos).glob('[!.]*.mp4')) if args.videos else []
+        folder = Path(args.videos or '')
+        files = sorted(path for path in folder.iterdir() if path.suffix.lower() == '.mp4' and
+                       not path.name.startswith('.')) if args.videos and folder.is_dir() else []
         if not files or args.full_info or args.filtered:
             raise InputError('--custom needs --videos, a folder with .mp4 files, and neither '
                              '--full-info nor --filtered')
@@ -650,8 +658,7 @@ def check_scoring(args):
         args.full_info = args.full_info or (left if left.is_file() else installed_list())
         entries = read_suite(args.full_info)
     dimensions = chosen(args, entries)
-    if args.videos:
-        check_results(args, dimensions)
+    check_results(args, dimensions)
     others = [name for name in dimensions if name not in NATIVE and name not in TINY]
     if not args.vbench_python:
         args.unused('VBench itself is not asked, see --vbench-python', 'vbench_gpus')
@@ -681,6 +688,8 @@ def check_scoring(args):
             raise InputError(f'--vbench-python {args.vbench_python} is no Python that has '
                              f'VBench: {ENVIRONMENT}')
         videos_to_score(args, entries, others)
+    results = Path(args.out) / 'results'
+    check_writable(results if results.exists() else Path(args.out))
     return entries, dimensions, others
 
 

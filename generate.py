@@ -171,7 +171,9 @@ def read_jobs(args):
     else:
         prompts = args.prompt + (read_lines(args.prompt_file) if args.prompt_file else [])
         file = Path(args.out).suffix.lower() == '.mp4'
-        if not file and 'video' in (mimetypes.guess_type(args.out)[0] or ''):
+        kind = (mimetypes.guess_type(args.out)[0] or '').split('/')[0]
+        if not file and (kind in ('video', 'image') or
+                         Path(args.out).suffix.lower() in ('.mkv', '.m4v', '.webp')):
             raise InputError(f'--out {args.out}: videos are written as .mp4 files; give one, '
                              'or a folder')
         if file and len(prompts) > 1:
@@ -195,6 +197,8 @@ def read_jobs(args):
             raise InputError(f'the prompt {prompt!r} is no UTF-8 text')
         with writing(path), contextlib.suppress(FileNotFoundError):
             os.lstat(path)  # a name that is too long, for one
+        if path.is_dir():
+            raise InputError(f'{path} is a folder: give the video another name')
     for folder in {path.parent for *_, path in jobs}:
         check_writable(folder)
     return jobs

@@ -186,8 +186,8 @@ def sample(args, process):
     sigmas, kept = solver_grid(timesteps, args.shift, args.steps)
     prompts, _ = read_prompts(args)
     folder = find_folder(args.model)
-    names = ('model', 'prompts', 'count', 'frames', 'height', 'width', 'steps', 'shift',
-             'guidance', 'negative', 'per_file', 'seed')
+    names = ('model', 'prompts', 'prompts_hash', 'count', 'frames', 'height', 'width', 'steps',
+             'shift', 'guidance', 'negative', 'per_file', 'seed')
     settings = {**{key: getattr(args, key) for key in names}, 'timesteps': timesteps}
     there = any(out.glob('trajectories_*.safetensors'))
     if there and (old := Trajectories(out).settings) != settings:

@@ -43,6 +43,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import unicodedata
 from pathlib import Path, PurePosixPath
@@ -1320,6 +1321,8 @@ class TextEncoder:
     @torch.no_grad()
     def encode(self, prompt):
         """str -> (its number of tokens, text_dim), on the CPU."""
+        if prompt.encode(errors='replace').decode() != prompt:
+            raise InputError(f'the prompt {prompt!r} is no UTF-8 text')
         self.encoder.to(self.device)
         tokens = self.tokenizer(clean_text(prompt), padding='max_length',
                                 max_length=self.text_len, truncation=True,
@@ -1637,11 +1640,12 @@ def read_weights(path):
             start = file.read(24)
     except OSError as error:
         raise InputError(f'cannot read {path}: {error.strerror}') from error
+    safetensors = start[8:9] == b'{'  # after the header's length
     for sign, what in OTHER_FILES.items():
-        if start.lstrip().startswith(sign):
+        if start.lstrip().startswith(sign) and not safetensors:
             raise InputError(f'{path} is {what}')
     try:
-        if start[8:9] == b'{':  # after the header's length
+        if safetensors:
             from safetensors import safe_open
             with safe_open(path, 'pt') as file:
                 return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
@@ -1702,7 +1706,7 @@ def read_json(path, kind=None):
     text = read_text(path)
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f'cannot read {path} as JSON: {error}') from error
     if kind and not isinstance(content, kind):
         what = {dict: 'an object {"name": value}', list: 'a list'}[kind]
@@ -1762,6 +1766,9 @@ def from_hub(what, download, *args, **kwargs):
 def load_exactly(model, state, source):
     """Load a state dict whose keys and shapes must all fit; otherwise an exact account of what
     does not."""
+    if numbers := [key for key, value in state.items() if not value.is_floating_point()]:
+        raise InputError(f'{source} holds {numbers[0]} as {state[numbers[0]].dtype}: only '
+                         'weights of floating point are supported')
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     missing = [key for key in expected if key not in state]
     extra = [key for key in state if key not in expected]
@@ -2000,7 +2007,11 @@ def merge_lora(state, base, config=None):
 
     def named(pattern, module):  # as PEFT has it, of the module's name in any layout
         names = module, dit_diffusers_key(f'{module}.weight').removesuffix('.weight')
-        pattern = re.compile(rf'(.*\.)?({BEFORE.sub("", pattern)})$')
+        try:
+            pattern = re.compile(rf'(.*\.)?({BEFORE.sub("", pattern)})$')
+        except re.error as error:
+            raise InputError(f'the adapter\'s alpha_pattern names {pattern}, which is no '
+                             f'regular expression ({error})') from error
         return any(map(pattern.match, names))
     for key, value in state.items():
         if adapter := ADAPTER.fullmatch(key):
@@ -2024,8 +2035,13 @@ def merge_lora(state, base, config=None):
             raise InputError(f'the adapter has {module}.{next(iter(part))}: only LoRA without '
                              'DoRA, and differences of weights, are supported')
         if A is not None or B is not None or bias is not None:
-            if A is None or B is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+            if A is None or B is None or A.ndim != 2 or B.ndim != 2 or \
+                    not 0 < len(A) == B.shape[1]:
                 raise unfit
+            if config.get('r', len(A)) != len(A) and not config.get('rank_pattern'):
+                raise InputError(f'the adapter\'s config says rank {config["r"]}, but its LoRA '
+                                 f'of {module} has {len(A)}: adapter_config.json belongs to '
+                                 'another adapter; move it away')
             if alpha is None:  # the module's own comes before its pattern's and the config's
                 alpha = next((a for p, a in patterns.items() if named(p, module)),
                              config.get('lora_alpha', len(A)))
@@ -2067,6 +2083,9 @@ def load_checkpoint(model, name, ema=True, onto=False):
     if isinstance(state, dict):
         # an empty one, of a run whose average has not begun, hides nothing
         inner = [state[w] for w in wrappers if isinstance(state.get(w), dict) and state[w]]
+        if len(inner) > 1 and state.get('generator_lora'):
+            raise InputError(f'{path} holds a generator and an adapter (generator_lora): save '
+                             'each in a file of its own')
         state = inner[0] if inner else state
     if not is_state(state):
         raise InputError(f'{path} holds no state dict: expected tensors, or one of '
@@ -2090,12 +2109,16 @@ def load_checkpoint(model, name, ema=True, onto=False):
     if any(adapted):
         if alone and not onto:
             if 'base' in metadata:
+                if metadata['base'] == str(path):
+                    raise InputError(f'{path} names itself as the generator that it belongs to')
                 load_checkpoint(model, metadata['base'])
             else:
                 metadata = {**metadata, 'kind': 'a LoRA adapter without its generator'}
         state = merge_lora(state, model.state_dict(), adapter_config(path, metadata))
     old = model.patch_embedding.weight
     load_exactly(model, state, path).to(old.device, old.dtype)
+    check_finite(model.state_dict(), f'{path} holds weights that are not finite: it is damaged, '
+                                     'or of a run that diverged')
     return metadata
 
 
@@ -2145,8 +2168,7 @@ def check_writable(folder):
     """Make a folder if need be; one that cannot be written to is an InputError."""
     with writing(f'to {folder}'):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / '.probe').touch()
-        (folder / '.probe').unlink(missing_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -2440,8 +2462,9 @@ class Process:
             torch.distributed.barrier()
 
 
-# of a process that waits for others, who may have a long file to write
-PATIENCE = datetime.timedelta(days=1)
+# How long a process waits for the others: until all are there, and later for one that may have
+# a long file to write
+MEETING, PATIENCE = datetime.timedelta(minutes=10), datetime.timedelta(days=1)
 
 
 @contextlib.contextmanager
@@ -2463,7 +2486,8 @@ def processes(device=None, shard=False):
         text = given.get(key, default)
         return int(text) if text.isdecimal() else -1
     world, rank, local = count('WORLD_SIZE', '1'), count('RANK', '0'), count('LOCAL_RANK', '0')
-    complete = world == 1 or {'RANK', 'MASTER_ADDR', 'MASTER_PORT'} <= set(given)
+    complete = world == 1 or ({'RANK', 'MASTER_ADDR', 'MASTER_PORT'} <= set(given)
+                              and given['MASTER_PORT'].isdecimal())
     if not 0 <= rank < world or local < 0 or not complete:
         raise InputError('the environment has '
                          f'{" ".join(f"{k}={v}" for k, v in given.items())}, which is not what '
@@ -2477,6 +2501,10 @@ def processes(device=None, shard=False):
     if device.type == 'cuda':
         if not torch.cuda.is_available():
             raise InputError('no CUDA device is available here: use --device cpu')
+        if world > 1 and (device.index is not None or torch.cuda.device_count() > 1
+                          and 'LOCAL_RANK' not in given):
+            raise InputError('each process takes a GPU of its own: give --device without a '
+                             'number, and set LOCAL_RANK, as torchrun does')
         device = torch.device('cuda', local if device.index is None else device.index)
         if device.index >= torch.cuda.device_count():
             raise InputError(f'there is no {device}: this machine has '
@@ -2487,7 +2515,16 @@ def processes(device=None, shard=False):
         # hold the group, whose threads would then outlive it and could abort the interpreter's
         # exit.
         importlib.import_module('torch.distributed.nn')
+        try:
+            store, *_ = next(torch.distributed.rendezvous('env://', timeout=MEETING))
+        except RuntimeError as error:
+            raise InputError(f'{world} processes were to meet at {given["MASTER_ADDR"]}:'
+                             f'{given["MASTER_PORT"]}, as WORLD_SIZE says, and did not '
+                             f'({first_line(error)}): start them all, or unset WORLD_SIZE'
+                             ) from error
+        store.set_timeout(PATIENCE)
         torch.distributed.init_process_group('nccl' if device.type == 'cuda' else 'gloo',
+                                             store=store, rank=rank, world_size=world,
                                              timeout=PATIENCE)
     elif shard:
         raise InputError('--shard needs several processes: start with torchrun, or leave it out')
@@ -2527,6 +2564,9 @@ def run_script(main):
     """Call main(); what the user can mend is printed in one sentence, with exit code 2 and no
     traceback. A fault of the code keeps its traceback. Under torchrun either comes from the
     first process that fails alone."""
+    # closed, as a cron job's may be
+    sys.stdout, sys.stderr = (stream or open(os.devnull, 'w')
+                              for stream in (sys.stdout, sys.stderr))
     if isinstance(sys.stdout, io.TextIOWrapper):
         # any prompt or path can be printed, whatever the encoding
         sys.stdout.reconfigure(errors='backslashreplace')
@@ -2562,7 +2602,8 @@ def cause_in_words(error):
     if full or 'DefaultCPUAllocator' in str(error):
         return ('no memory left, take a smaller --batch, fewer --frames or smaller ones: '
                 f'{first_line(error)}')
-    refusals = (*NO_SPACE, errno.EACCES, errno.EPERM, errno.EROFS)
+    refusals = (*NO_SPACE, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG,
+                errno.EIO, errno.ESTALE, errno.EMFILE)
     refused = isinstance(error, OSError) and error.errno in refusals
     return str(error) if refused or isinstance(error, InputError) else None
 
@@ -2615,7 +2656,12 @@ class Parser(argparse.ArgumentParser):
         words = sys.argv[1:] if args is None else args
         words = [re.sub(r'^(--[\w-]+=)?(~/.*)',
                         lambda m: (m[1] or '') + os.path.expanduser(m[2]), w) for w in words]
-        return super().parse_known_args(words, namespace)
+        parsed, rest = super().parse_known_args(words, namespace)
+        for action in self._actions:  # such as a variable of the shell that is not set
+            empty = getattr(parsed, action.dest, None) == '' != action.default
+            if empty and action.dest != 'negative':
+                self.error(f'{"/".join(action.option_strings)} is empty')
+        return parsed, rest
 
 
 def number(low=None, high=None, above=None, below=None, kind=float, step=None):
@@ -2669,7 +2715,8 @@ def training_flags(p, **paper):
                    metavar='FILE',
                    help='one prompt per line: a file, or repository:path on the hub')
     g.add_argument('--held-out', metavar='FILE',
-                   help='prompts for the sample videos (default: the last 4 of --prompts)')
+                   help='prompts for the sample videos (default: the last 4 of --prompts, '
+                        'which are not trained on; of up to 4 prompts all)')
     g.add_argument('--frames', type=FRAMES, default=81, help='video frames, 1 + 4k')
     g.add_argument('--height', type=PIXELS, default=480, help='pixels, a multiple of 16')
     g.add_argument('--width', type=PIXELS, default=832, help='pixels, a multiple of 16')
@@ -2814,6 +2861,8 @@ def read_prompts(args):
                              'line')
         return prompts
     prompts = lines(args.prompts)
+    # a run goes on with the same prompts only, whatever their file is called
+    args.prompts_hash = hashlib.sha256('\n'.join(prompts).encode()).hexdigest()[:16]
     if args.held_out:
         return prompts, lines(args.held_out)
     return prompts[:-4] or prompts, prompts[-4:]
@@ -2924,6 +2973,9 @@ def claim_folder(args, process):
     if result.exists() and not state.exists() and not temporary_name(state).exists():
         raise InputError(f'{result} is the result of a run whose state.pt is gone: it is not '
                          'written over; move it away, or give another --out')
+    settings = folder / 'settings.json'
+    if not state.exists() and settings.exists() and 'stage' not in read_json(settings, dict):
+        raise InputError(f'{settings} is not of a training run: give another --out')
     check_writable(folder)
     process.lock = open(folder / '.lock', 'w')
     try:
@@ -2979,20 +3031,39 @@ class Run:
                          **settings}
         if self.state.exists():
             self.load()
-        elif process.rank == 0:
-            replace_file(self.log, lambda path: path.write_text(''))
+        if len(process.gather(torch.tensor(self.step, device=process.device)).unique()) > 1:
+            raise InputError(f'not every process sees the run in {self.folder}: --out must lie '
+                             'on storage that all of them see')
         if process.rank == 0:
+            self.check_space()
+            if not self.state.exists():
+                replace_file(self.log, lambda path: path.write_text(''))
             written = {'stage': stage, 'processes': process.world,
                        'torch': torch.__version__, **vars(args)}
             replace_file(self.folder / 'settings.json', lambda path: path.write_text(
                 json.dumps(written, indent=1, ensure_ascii=False, default=str) + '\n',
-                           encoding='utf-8'))
+                encoding='utf-8', errors='backslashreplace'))
         self.bar = tqdm(total=args.steps, initial=self.step, desc=stage, disable=process.quiet,
                         mininterval=1)
         process.print(f'{stage}: {args.steps} steps of {self.settings["samples per step"]} '
                       f'samples ({args.batch} x {args.accum} accumulated x {process.world} '
                       f'processes), to {self.folder}'
                       + (f', from step {self.step}' if self.step else ''))
+
+    def check_space(self):
+        """A disk that cannot hold the state is known before the first step."""
+        need = 0  # bytes
+        for part in self.parts.values():
+            if isinstance(part, torch.optim.Optimizer):  # two moments of each weight
+                weights = [p for group in part.param_groups for p in group['params']]
+                need += 2 * sum(p.numel() * p.element_size() for p in weights)
+            else:
+                need += sum(x.numel() * x.element_size() for x in part.state_dict().values())
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if need > free:
+            raise InputError(f'{self.folder} has {free / 1e9:.1f} GB free, but a state to resume '
+                             f'from takes {need / 1e9:.1f}: take an --out on another disk')
 
     def load(self):
         """Take everything back to the saved step, the log too."""

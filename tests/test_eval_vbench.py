@@ -154,6 +154,7 @@ def test_two_different_scores_of_one_dimension_are_refused(tmp_path):
     (["sample", "--full-info", "nowhere.json"], "cannot read nowhere.json"),
     (["sample", "--full-info", "README.md"], "cannot read README.md as JSON"),
     (["sample", "--full-info", "BAD"], "entry 1 is not"), (["sample", "--full-info", "ODD"], "unknown dimension 'x'"),
+    (["sample", "--full-info", "NESTED"], "entry 0 is not"), (["sample", "--full-info", "TEXTS"], "entry 0 is not"),
     (["sample", "--full-info", "LONG"], "cannot be a file name"), (["sample", "--extended", "LIST"], "4 entries"),
     (["sample", "--full-info", "NOSTYLE"], "no auxiliary_info"), (["sample", "--held-out", "none.txt"], "none.txt"),
     (["sample", "--full-info", "NOSTYLE", "--held-out", "none.txt"], "give --full-info or --held-out, not both"),
@@ -172,7 +173,8 @@ def test_two_different_scores_of_one_dimension_are_refused(tmp_path):
 def test_bad_input_is_one_sentence(tmp_path, monkeypatch, args, words):
     monkeypatch.chdir(ROOT)
     lists = {"LIST": SUITE, "BAD": [SUITE[0], {"prompt": "x"}], "ODD": [{"prompt_en": "a", "dimension": ["x"]}],
-             "LONG": [{"prompt_en": "a" * 240, "dimension": []}],
+             "LONG": [{"prompt_en": "a" * 240, "dimension": []}], "NESTED": [{"prompt_en": "a", "dimension": [["x"]]}],
+             "TEXTS": ["a"],
              "NOSTYLE": [{"prompt_en": "a", "dimension": ["appearance_style"]}]}
     for name, entries in lists.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(entries))
@@ -626,13 +628,14 @@ def test_any_folder_of_videos_is_scored_without_prompts(networks, tmp_path):
     for n, name in enumerate(("one.mp4", "Some other film.mp4")):
         imageio.mimwrite(tmp_path / "mine" / name, synthetic(n, 3 + n), fps=16, macro_block_size=1,
                          pixelformat="yuv444p")
+    (tmp_path / "mine/one.mp4").rename(tmp_path / "mine/one.MP4")
     flags = ["--custom", "--videos", tmp_path / "mine", "--out", tmp_path / "out", "--dino", networks / "dino",
              "--device", "cpu"]
     code, _, err = call("score", *flags, "--dimensions", "subject_consistency")
     assert code == 0, err
     total, rows = json.loads((tmp_path / "out/results/subject_consistency_eval_results.json").read_text())[
         "subject_consistency"]
-    assert [Path(row["video_path"]).name for row in rows] == ["Some other film.mp4", "one.mp4"]
+    assert [Path(row["video_path"]).name for row in rows] == ["Some other film.mp4", "one.MP4"]
     a, b = (row["video_results"] for row in rows)
     assert total == pytest.approx((3 * a + 2 * b) / 5)  # of 3 and 2 pairs of frames
     for flag, words in ((("--samples", 3), "--samples 3 has no effect here: every video"),
@@ -642,12 +645,21 @@ def test_any_folder_of_videos_is_scored_without_prompts(networks, tmp_path):
         code, _, err = call("score", *flags, "--dimensions", "subject_consistency", *flag)
         assert code == 2 and words in err
     (tmp_path / "others").mkdir()
-    (tmp_path / "mine/one.mp4").rename(tmp_path / "others/one.mp4")
+    (tmp_path / "mine/one.MP4").rename(tmp_path / "others/one.mp4")
     result = tmp_path / "out/results/subject_consistency_eval_results.json"
     before = result.read_text()
     code, _, err = call("score", *flags, "--videos", tmp_path / "others", "--dimensions", "subject_consistency")
     assert code == 2 and f"{result} holds scores of {tmp_path / 'mine'}: give another --out" in err
     assert result.read_text() == before
+    args = argparse.Namespace(out=tmp_path / "out", videos=None, filtered=None)  # its own videos, out/videos
+    with pytest.raises(wc.InputError, match="holds scores of .*mine: give another --out"):
+        ev.check_results(args, ["subject_consistency"])
+    ev.write_results(args.out, "subject_consistency", 0.5, [{"video_path": "/once/out/videos/a.mp4", "video_results": 0.5}])
+    ev.check_results(args, ["subject_consistency"])  # wherever it lay then
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/results").touch()
+    code, _, err = call("score", *flags, "--out", tmp_path / "full", "--dimensions", "subject_consistency")
+    assert code == 2 and f"cannot write to {tmp_path / 'full/results'}" in err
     result.write_text('["not", "a result"]')
     code, _, err = call("score", *flags, "--dimensions", "subject_consistency")
     assert code == 2 and f"{result} holds scores of other videos" in err

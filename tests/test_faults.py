@@ -1,18 +1,22 @@
 """Faults of users and machines: full disks, kills, two runs in one folder, closed pipes, flags and files that make no
 sense. Each ends in one sentence that names the cause, and what was there before is still there."""
+import datetime
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
+from concurrent.futures import ThreadPoolExecutor
 
 import imageio
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, python, run, start_script, torchrun
+from conftest import ROOT, free_port, python, run, start_script, torchrun
 from safetensors.torch import load_file
 
 import cm_grpo
@@ -44,6 +48,8 @@ TRAIN = {"dmd": (distill_dmd, []), "ode": (ode_init, ["train"]), "sample": (ode_
          "scores": (eval_vbench, ["score"]), "suite": (eval_vbench, ["sample"])}
 REFUSED = [
     ("dmd --lr -1", "--lr: -1 must be at least 0"), ("dmd --lr inf", "--lr: inf is no number"),
+    ("generate --checkpoint=", "--checkpoint is empty"), ("scores --videos=", "--videos is empty"),
+    ("reward --prompts=", "--prompts is empty"),
     ("dmd --lr=1e400", "--lr: 1e400 is no number"), ("dmd --beta1 1", "--beta1: 1 must be less than 1"),
     ("dmd --grad-clip -1", "--grad-clip: -1 must be more than 0"), ("dmd --ema 2", "--ema: 2 must be less than 1"),
     ("dmd --weight-decay -1", "--weight-decay: -1 must be at least 0"), ("dmd --ema-start -1", "must be at least 0"),
@@ -111,7 +117,8 @@ def test_a_path_may_begin_with_the_home_folder(monkeypatch):
 @pytest.mark.parametrize("fault, words", [
     (lambda: torch.empty(1 << 60), "no memory left, take a smaller --batch"),
     (lambda: np.empty(1 << 55, np.uint8), "no memory left"),
-    (lambda: print("x", file=open("/dev/full", "w"), flush=True), "No space left on device")])
+    (lambda: print("x", file=open("/dev/full", "w"), flush=True), "No space left on device"),
+    (lambda: open("x" * 300), "File name too long")])
 def test_what_the_machine_lacks_is_said(fault, words, capsys):
     with pytest.raises(SystemExit) as stop:
         wc.run_script(fault)
@@ -128,7 +135,45 @@ def test_a_fault_of_the_code_keeps_its_traceback():
 
 
 @pytest.mark.quick
+def test_a_script_without_a_terminal_or_output(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    wc.run_script(lambda: print("x"))
+
+
+@pytest.mark.quick
+def test_processes_that_do_not_meet(monkeypatch):
+    for key, value in {"WORLD_SIZE": 2, "RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}.items():
+        monkeypatch.setenv(key, str(value))
+    monkeypatch.setattr(wc, "MEETING", datetime.timedelta(seconds=1))
+    with pytest.raises(wc.InputError, match="2 processes were to meet at 127.0.0.1:.*start them all, or unset WORLD_SIZE"):
+        with wc.processes("cpu"):
+            pass
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("device, env", [("cuda:1", {"LOCAL_RANK": "0"}), ("cuda", {})])
+def test_two_processes_on_one_gpu_are_refused(device, env, monkeypatch):
+    world = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for key, value in {**world, **env}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(wc.InputError, match="each process takes a GPU of its own"):
+        with wc.processes(device):
+            pass
+
+
+@pytest.mark.quick
+def test_a_folder_that_can_be_written_to_is_left_as_it_is(tmp_path):
+    (tmp_path / ".probe").write_text("mine")
+    wc.check_writable(tmp_path)
+    assert (tmp_path / ".probe").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize("env", [{"WORLD_SIZE": "4"}, {"RANK": "3"}, {"WORLD_SIZE": "2", "RANK": "1"},
+                                 {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "abc"},
                                  {"WORLD_SIZE": "many", "RANK": "0"}, {"RANK": "-1"}])
 def test_half_of_what_torchrun_sets_is_refused(env, monkeypatch):
     for key, value in env.items():
@@ -157,9 +202,11 @@ def test_files_are_readable_as_the_umask_says(tmp_path):
 @pytest.mark.quick
 @pytest.mark.parametrize("flags, words", [
     (["x.avi"], "--out x.avi: videos are written as .mp4 files"), ([f"{'x' * 252}.mp4"], "File name too long"),
+    (["x.gif"], "--out x.gif: videos are written as .mp4 files"), (["folder.mp4"], "folder.mp4 is a folder"),
     ([f"{'x' * 300}/"], "File name too long")])
 def test_names_that_cannot_be_are_refused_before_any_model(flags, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.mp4").mkdir()
     with pytest.raises(wc.InputError, match=words):
         generate.read_jobs(generate.parse_args([PROMPT, "--model", str(TINY), "--out", *flags]))
 
@@ -317,6 +364,64 @@ def test_a_run_that_diverges_saves_nothing(tmp_path):
     done = run(*RUN, "--steps", 2, "--out", tmp_path, "--lr", 1e40)
     assert "the weights are not finite after step 1; no step was saved; try a lower --lr" in error_of(done)
     assert set(contents(tmp_path)) == {"metrics.jsonl", "settings.json", ".lock"}
+
+
+def test_processes_that_do_not_see_one_folder(tmp_path):
+    """Machines without common storage: one resumes, the other would begin anew."""
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+    done = run(*RUN, "--steps", 1, "--accum", 2, "--out", "run", folder=tmp_path / "0")  # as many samples as two processes
+    assert done.returncode == 0, done.stderr
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    with ThreadPoolExecutor() as side_by_side:
+        done = list(side_by_side.map(lambda rank: run(
+            *RUN, "--steps", 2, "--resume", "--out", "run", folder=tmp_path / rank,
+            env={**world, "RANK": rank, "LOCAL_RANK": rank}), "01"))
+    for one in done:
+        assert one.returncode == 2 and "not every process sees the run in run: --out must lie on" in one.stderr
+
+
+@pytest.mark.quick
+def test_a_run_goes_on_with_the_same_prompts_only(tmp_path):
+    file, model = tmp_path / "prompts.txt", torch.nn.Linear(2, 1)
+
+    def begin(prompts):
+        file.write_text("\n".join(prompts))
+        args = reward_forcing.parse_args(["--init", "x", "--out", str(tmp_path / "run"), "--prompts", str(file), "--resume"])
+        wc.read_prompts(args)
+        with wc.processes("cpu") as process:
+            (tmp_path / "run").mkdir(exist_ok=True)
+            return wc.Run("test", args, process, [], net=model)
+    begin("abcdef").save({"x": torch.ones(2)}, [1000.0])
+    begin("abcdef")
+    with pytest.raises(wc.InputError, match="was begun with prompts_hash = [0-9a-f]{16}, not [0-9a-f]{16}"):
+        begin("abcdeg")
+
+
+@pytest.mark.quick
+def test_a_disk_too_small_is_known_before_the_first_step(tmp_path, monkeypatch):
+    args = reward_forcing.parse_args(["--init", "x", "--out", str(tmp_path)])
+    model = torch.nn.Linear(1000, 1000, bias=False)  # 4 MB, and 8 of AdamW's
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=11_900_000))
+    with wc.processes("cpu") as process, pytest.raises(wc.InputError, match="has 0.0 GB free, but a state"):
+        wc.Run("test", args, process, [], net=model, optimizer=torch.optim.AdamW(model.parameters()))
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=12_100_000))
+    with wc.processes("cpu") as process:
+        wc.Run("test", args, process, [], net=model, optimizer=torch.optim.AdamW(model.parameters()))
+
+
+@pytest.mark.quick
+def test_a_folder_of_any_name_but_of_no_other_program(tmp_path):
+    out = tmp_path / os.fsdecode(b"sr\xff")
+    args = reward_forcing.parse_args(["--init", "x", "--out", str(out)])
+    with wc.processes("cpu") as process:
+        wc.claim_folder(args, process)
+        wc.Run("test", args, process, [], net=torch.nn.Linear(1, 1))
+        process.lock.close()
+    (out / "settings.json").write_text('{"editor.fontSize": 14}')
+    with wc.processes("cpu") as process, pytest.raises(wc.InputError, match="settings.json is not of a training run"):
+        wc.claim_folder(args, process)
 
 
 @pytest.fixture

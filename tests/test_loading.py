@@ -1,6 +1,7 @@
 """Every layout of weights in the wild, built small on disk and loaded; and everything that must be refused."""
 import functools
 import json
+import math
 import os
 import pickle
 import shutil
@@ -456,6 +457,27 @@ def broken(tmp_path, kind):
         torch.save({0: torch.zeros(2)}, path)
     elif kind == "another patch":
         torch.save(state | {"patch_embedding.weight": torch.zeros(3, 5)}, path)
+    elif kind == "a lora of no rank":
+        torch.save({"blocks.0.ffn.0.lora_A.weight": torch.zeros(0, 48), "blocks.0.ffn.0.lora_B.weight": torch.zeros(64, 0)},
+                   path)
+    elif kind == "whole numbers":
+        torch.save(state | {"head.head.bias": torch.zeros(64, dtype=torch.int8)}, path)
+    elif kind == "not finite":
+        torch.save(state | {"head.head.bias": torch.full((64,), math.nan)}, path)
+    elif kind == "a generator and an adapter":
+        torch.save({"generator": state, "generator_lora": {"x": torch.zeros(1)}}, path)
+    elif kind == "another adapter's config":
+        torch.save({"blocks.0.ffn.0.lora_A.weight": torch.zeros(2, 48), "blocks.0.ffn.0.lora_B.weight": torch.zeros(64, 2)},
+                   path)
+        (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 64, "lora_alpha": 128}')
+    elif kind == "no pattern":
+        torch.save({"blocks.0.ffn.0.lora_A.weight": torch.zeros(2, 48), "blocks.0.ffn.0.lora_B.weight": torch.zeros(64, 2)},
+                   path)
+        (tmp_path / "adapter_config.json").write_text('{"r": 2, "alpha_pattern": {"*.v": 3}}')
+    elif kind == "its own base":
+        path = tmp_path / "bad.safetensors"
+        save_file({"blocks.0.ffn.0.lora_A.weight": torch.zeros(2, 48), "blocks.0.ffn.0.lora_B.weight":
+                   torch.zeros(64, 2)}, path, metadata={"base": str(path)})
     elif kind == "words for numbers":
         path = tmp_path / "bad.safetensors"
         save_file({"blocks.0.ffn.0.lora_A.weight": torch.zeros(2, 48), "blocks.0.ffn.0.lora_B.weight":
@@ -473,13 +495,40 @@ def broken(tmp_path, kind):
     ("reward model", "is an ImageReward model"), ("vae", "is a VAE"), ("lora for another module", "does not fit"),
     ("half a lora", "does not fit"), ("a lora of two ranks", "does not fit"), ("a flat lora", "does not fit"),
     ("numbered tensors", "holds no state dict"), ("another patch", r"1 of another shape \(patch_embedding.weight \(3, 5\)"),
-    ("words for numbers", "alpha of blocks.0.ffn.0 is much, which is no number")])
+    ("words for numbers", "alpha of blocks.0.ffn.0 is much, which is no number"),
+    ("a lora of no rank", "does not fit"), ("whole numbers", r"holds head.head.bias as torch.int8"),
+    ("a generator and an adapter", "save each in a file of its own"), ("no pattern", "which is no regular expression"),
+    ("another adapter's config", "says rank 64, but its LoRA of blocks.0.ffn.0 has 2"),
+    ("its own base", "names itself as the generator")])
 def test_refused_in_one_sentence_and_model_untouched(tmp_path, capsys, kind, words):
     model = random_dit(7)
     with pytest.raises(wc.InputError, match=words) as caught:
         wc.load_checkpoint(model, broken(tmp_path, kind))
     assert "\n" not in str(caught.value) and "this must never run" not in capsys.readouterr().out
     assert same(model, random_dit(7).state_dict())
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    with pytest.raises(wc.InputError, match="holds weights that are not finite: it is damaged, or of a run that diverged"):
+        wc.load_checkpoint(random_dit(7), broken(tmp_path, "not finite"))
+
+
+def test_json_too_deep_and_prompts_that_are_no_text(tmp_path):
+    (tmp_path / "x.json").write_text("[" * 200_000)
+    with pytest.raises(wc.InputError, match="cannot read .*x.json as JSON"):
+        wc.read_json(tmp_path / "x.json")
+    with pytest.raises(wc.InputError, match="is no UTF-8 text"):
+        wc.load_text_encoder(ROOT / "tests/tiny")(["a cat", "\udcff"])
+
+
+def test_a_header_that_begins_like_a_web_page(tmp_path):
+    """Its length, 15392 = 0x3C20 bytes, is written as ' <'."""
+    for n in range(15200, 15400):
+        save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors", metadata={"note": "x" * n})
+        if (tmp_path / "x.safetensors").read_bytes()[:2] == b" <":
+            break
+    assert wc.read_weights(tmp_path / "x.safetensors")[0]["a"].item() == 1
+    assert (tmp_path / "x.safetensors").read_bytes()[:3] == b" <\0"
 
 
 # -------------------------------------------------------------------------------------------- model folders
