@@ -1,4 +1,5 @@
 """generate.py as a user runs it: real subprocesses, real files."""
+import math
 import subprocess
 
 import imageio
@@ -146,12 +147,13 @@ def test_16_bits_and_transparency(tmp_path):
         generate.read_frames(tmp_path / "real.tiff", 64, 64, limit=5)
 
 
-def test_weights_that_are_not_finite_leave_no_video(tmp_path, causal):
+@pytest.mark.parametrize("value, words", [(math.nan, "holds weights that are not finite"), (3e38, "the video is not finite")])
+def test_weights_or_a_video_that_are_not_finite_leave_no_video(tmp_path, causal, value, words):
     state = dict(wc.read_weights(causal)[0])
-    state["head.head.bias"] = torch.full_like(state["head.head.bias"], float("nan"))
-    save_file(state, tmp_path / "nan.safetensors", metadata={"kind": "causal", "chunk": "3"})  # not by our own hand
-    done = run("generate.py", PROMPT, "--checkpoint", tmp_path / "nan.safetensors", "--frames", 9, "--out", tmp_path / "x.mp4")
-    assert done.returncode == 2 and "the video is not finite" in done.stderr
+    state["head.head.bias"] = torch.full_like(state["head.head.bias"], value, dtype=torch.float32)
+    save_file(state, tmp_path / "bad.safetensors", metadata={"kind": "causal", "chunk": "3"})  # not by our own hand
+    done = run("generate.py", PROMPT, "--checkpoint", tmp_path / "bad.safetensors", "--frames", 9, "--out", tmp_path / "x.mp4")
+    assert done.returncode == 2 and words in done.stderr
     assert not list(tmp_path.glob("*.mp4"))
 
 
