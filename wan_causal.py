@@ -2530,7 +2530,15 @@ def processes(device=None, shard=False):
         raise InputError('--shard needs several processes: start with torchrun, or leave it out')
     yield Process(rank, world, device, shard)
     if world > 1:  # else `run_script` leaves it, once it is said what went wrong
-        torch.distributed.destroy_process_group()
+        leave_group()
+
+
+def leave_group():
+    """Leave the process group. A thread of gloo's may still have to free what the last collective
+    held, for which it needs Python's lock; the group's end would hold that and wait for the
+    thread. So it is given a moment."""
+    time.sleep(0.2)
+    torch.distributed.destroy_process_group()
 
 
 def seeded(seed, device='cpu'):
@@ -2584,7 +2592,7 @@ def run_script(main):
             with contextlib.suppress(OSError):
                 print(f'{start}error: {sentence}', file=sys.stderr, flush=True)
         if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+            leave_group()
         if first and not sentence:
             raise
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import resource
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -173,4 +174,6 @@ def alone_and_together(args, one, two, start=ranks):
 
 
 def pytest_configure(config):
+    # a shell's job in the background ignores Ctrl-C, and so would the scripts that the tests interrupt
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "quick: a minute of tests that start no training")
