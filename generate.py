@@ -29,9 +29,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from wan_causal import (MAX_POSITION, NEGATIVE_PROMPT, PIXELS, VIDEO, InputError, Parser,
-                        check_video, check_writable, chunk_sizes, compute_dtype, counted,
-                        file_name, find_folder, first_line, format_steps, frames_in, gaussian,
-                        guided_velocity, latent_frames, load_checkpoint, load_dit,
+                        check_text, check_video, check_writable, chunk_sizes, compute_dtype,
+                        counted, file_name, find_folder, first_line, format_steps, frames_in,
+                        gaussian, guided_velocity, latent_frames, load_checkpoint, load_dit,
                         load_text_encoder, load_vae, machine_flags, model_defaults, number,
                         parse_stage, processes, read_lines, refuse_unused, replacing, require,
                         require_ffmpeg, rollout, rope_table, run_script, saved_number,
@@ -193,8 +193,7 @@ def read_jobs(args):
         raise InputError(f'several videos would be written to {max(paths, key=paths.count)}: '
                          'give each its own "out"')
     for prompt, _, path in jobs:
-        if prompt.encode(errors='replace').decode() != prompt:
-            raise InputError(f'the prompt {prompt!r} is no UTF-8 text')
+        check_text(prompt)
         with writing(path), contextlib.suppress(FileNotFoundError):
             os.lstat(path)  # a name that is too long, for one
         if path.is_dir():

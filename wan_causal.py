@@ -1290,6 +1290,12 @@ def clean_text(text):
     return re.sub(r'\s+', ' ', unicodedata.normalize('NFC', text)).strip()
 
 
+def check_text(prompt):
+    """A prompt that is no UTF-8, as bytes of a command line may be, is an InputError."""
+    if prompt.encode(errors='replace').decode() != prompt:
+        raise InputError(f'the prompt {prompt!r} is no UTF-8 text')
+
+
 def say_cut(process, prompts, reader, name):
     """Say how many prompts are longer than what `reader`, a TextEncoder or an ImageReward,
     takes of them."""
@@ -1321,8 +1327,7 @@ class TextEncoder:
     @torch.no_grad()
     def encode(self, prompt):
         """str -> (its number of tokens, text_dim), on the CPU."""
-        if prompt.encode(errors='replace').decode() != prompt:
-            raise InputError(f'the prompt {prompt!r} is no UTF-8 text')
+        check_text(prompt)
         self.encoder.to(self.device)
         tokens = self.tokenizer(clean_text(prompt), padding='max_length',
                                 max_length=self.text_len, truncation=True,

@@ -231,7 +231,8 @@ def claims_table(figures):
             lines.append(f'| {words} | {paper} | {MEASUREMENTS[measurement]}: {", ".join(names)} | not run | – | – | – | – |')
             continue
         half = f'± {c["half"]:.2f}' if math.isfinite(c['half']) else '(no spread)'
-        own = f'± {c["own"]:.2f}: {VERDICTS[c["own_verdict"]].split(" larger")[0]}' if math.isfinite(c['own']) else '–'
+        word = 'no difference' if c['own_verdict'] == 'alike' else c['own_verdict']
+        own = f'± {c["own"]:.2f}: {word}' if math.isfinite(c['own']) else '–'
         same = of_same_seeds(figures, left, right, measurement)
         lines.append(f'| {words} | {paper} | {MEASUREMENTS[measurement]}: {names[0]} {c["ours"]:.2f}, {names[1]} '
                      f'{c["theirs"]:.2f} | {c["seeds"][0]}, {c["seeds"][1]} | {c["gap"]:+.2f} {half} | {verdict_words(c)} | '
@@ -290,7 +291,8 @@ def new_figure(width, height, *grid, **how):
 def draw_claims(path, rows):
     """`claims` as a picture: each difference as a point in its interval, in sizes that matter."""
     figure, ((axes,),) = new_figure(11, 1.4 + 0.4 * len(rows), 1, 1)
-    limit = min(12, max(1 + max((abs(c['gap']) + c['half']) / c['size'] for c in rows if math.isfinite(c['half'])), 2))
+    halves = [c['half'] if math.isfinite(c['half']) else 0 for c in rows]
+    limit = min(12, 1 + max((abs(c['gap']) + half) / c['size'] for c, half in zip(rows, halves)))
     axes.axvspan(-1, 1, color='#f0f0f0')
     axes.axvline(0, color='black', linewidth=1)
     for place, c in enumerate(rows):

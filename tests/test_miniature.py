@@ -167,10 +167,11 @@ def test_what_stands_beside_a_claim():
     assert miniature.verdict_words(dict(verdict="alike", gap=-0.0301, half=0.03)) == "no difference larger than 0.07"
 
 
-def test_without_seeds_nothing_is_decided():
+def test_without_seeds_nothing_is_decided(tmp_path):
     figures = made_up(teacher=([1.0], 0), ode=([0.4], 0), ode_frame=([0.2], 0), reward=([0.9], 0))
     assert {c["verdict"] for c in miniature.claims(figures)} == {"unclear"}
     assert "+0.50 (no spread) | unclear | – | +0.50 |" in miniature.claims_table(figures)
+    miniature.draw_claims(tmp_path / "claims.png", list(miniature.claims(figures)))  # lines without an end
     assert list(miniature.claims({})) == [] and miniature.claims_table({}).count("not run") == len(miniature.CLAIMS)
 
 
