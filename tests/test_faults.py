@@ -10,13 +10,12 @@ import subprocess
 import sys
 import time
 import types
-from concurrent.futures import ThreadPoolExecutor
 
 import imageio
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, free_port, python, run, start_script, torchrun
+from conftest import ROOT, each_rank, free_port, python, run, start_script, torchrun
 from safetensors.torch import load_file
 
 import cm_grpo
@@ -372,12 +371,7 @@ def test_processes_that_do_not_see_one_folder(tmp_path):
         (tmp_path / rank).mkdir()
     done = run(*RUN, "--steps", 1, "--accum", 2, "--out", "run", folder=tmp_path / "0")  # as many samples as two processes
     assert done.returncode == 0, done.stderr
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    with ThreadPoolExecutor() as side_by_side:
-        done = list(side_by_side.map(lambda rank: run(
-            *RUN, "--steps", 2, "--resume", "--out", "run", folder=tmp_path / rank,
-            env={**world, "RANK": rank, "LOCAL_RANK": rank}), "01"))
-    for one in done:
+    for one in each_rank(2, *RUN, "--steps", 2, "--resume", "--out", "run", folders=[tmp_path / "0", tmp_path / "1"]):
         assert one.returncode == 2 and "not every process sees the run in run: --out must lie on" in one.stderr
 
 
