@@ -466,7 +466,10 @@ def record(out, entries, videos, flags):
     """samples.json and full_info.json; another run's flags or texts in the same folder are
     refused."""
     file, started = out / 'samples.json', any((out / 'videos').glob('[!.]*.mp4'))
-    old = read_json(file) if started and file.exists() else {'generate': flags, 'videos': {}}
+    if started and not file.exists():
+        raise InputError(f'{out}/videos holds videos, but {file}, which says of what texts and '
+                         'seeds, is gone: take another --out')
+    old = read_json(file) if started else {'generate': flags, 'videos': {}}
     if not isinstance(old, dict) or not isinstance(old.get('videos'), dict):
         raise InputError(f'{file} is not what eval_vbench.py sample wrote: take another --out')
     if old.get('generate') != flags or any(old['videos'].get(name, video) != video

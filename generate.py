@@ -22,7 +22,6 @@ import functools
 import itertools
 import json
 import math
-import mimetypes
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -147,6 +146,11 @@ def check(args):
         args.unused('there are no weights; give them with --checkpoint', 'no_ema')
 
 
+# Who writes one of these means a file, not a folder.
+OTHER_VIDEOS = ('.avi', '.gif', '.jpeg', '.jpg', '.m4v', '.mkv', '.mov', '.mpeg', '.mpg', '.png',
+                '.ts', '.webm', '.webp', '.wmv')
+
+
 def read_jobs(args):
     """What to make: [(prompt, seed, path)]. A prompt's file is --out itself, or in that folder
     its words and seed."""
@@ -170,10 +174,9 @@ def read_jobs(args):
                              f'"seed": 0, "out": "cat.mp4"}}: {error!r}') from error
     else:
         prompts = args.prompt + (read_lines(args.prompt_file) if args.prompt_file else [])
-        file = Path(args.out).suffix.lower() == '.mp4'
-        kind = (mimetypes.guess_type(args.out)[0] or '').split('/')[0]
-        if not file and (kind in ('video', 'image') or
-                         Path(args.out).suffix.lower() in ('.mkv', '.m4v', '.webp')):
+        suffix = Path(args.out).suffix.lower()
+        file = suffix == '.mp4'
+        if suffix in OTHER_VIDEOS:
             raise InputError(f'--out {args.out}: videos are written as .mp4 files; give one, '
                              'or a folder')
         if file and len(prompts) > 1:

@@ -36,7 +36,6 @@ Tiny model, on a CPU, in minutes; then one machine of 8 GPUs:
         --init runs/student/model.safetensors --out runs/ode
 """
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -46,9 +45,9 @@ from wan_causal import (EMA, FRAMES, NEGATIVE_PROMPT, PIXELS, SEED, InputError, 
                         gaussian, guided_velocity, latent_motion, latent_shape, load_dit,
                         load_generator, load_text_encoder, load_vae, machine_flags, number,
                         parse_stage, processes, read_prompts, refuse_unused, replace_file,
-                        run_script, sample_generators, sample_numbers, say_cut, set_threads,
-                        shift_sigma, shuffled, tiny_model, trainable, training_flags,
-                        warped_steps, whole, write_tensors, x0_from_v)
+                        require_space, run_script, sample_generators, sample_numbers, say_cut,
+                        set_threads, shift_sigma, shuffled, tiny_model, trainable,
+                        training_flags, warped_steps, whole, write_tensors, x0_from_v)
 
 import torch
 from tqdm import tqdm
@@ -214,10 +213,7 @@ def sample(args, process):
                   f'{megabytes(each)}: {megabytes(args.count * each)} on disk in all; '
                   f'{sum(map(len, missing))} to be made, {megabytes(need)}')
     check_writable(out)
-    if need > shutil.disk_usage(out).free:
-        raise InputError(f'{out} has {megabytes(shutil.disk_usage(out).free)} free, but '
-                         f'{megabytes(need)} are needed: take fewer with --count, or another '
-                         '--out')
+    require_space(out, need, 'the trajectories of --count take')
     process.barrier()
 
     # --- loop

@@ -45,6 +45,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import unicodedata
 from pathlib import Path, PurePosixPath
 
@@ -2176,6 +2177,13 @@ def check_writable(folder):
         tempfile.TemporaryFile(dir=folder).close()
 
 
+def require_space(folder, need, what):
+    """A disk that cannot hold `need` bytes more is an InputError before they are made."""
+    if need > (free := shutil.disk_usage(folder).free):
+        raise InputError(f'{folder} has {free / 1e9:.2f} GB free, but {what} '
+                         f'{need / 1e9:.2f}: take an --out on another disk')
+
+
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -2534,7 +2542,7 @@ def processes(device=None, shard=False):
     elif shard:
         raise InputError('--shard needs several processes: start with torchrun, or leave it out')
     yield Process(rank, world, device, shard)
-    if world > 1:  # else `run_script` leaves it, once it is said what went wrong
+    if world > 1:  # after an error `run_script` ends the process instead
         leave_group()
 
 
@@ -2596,11 +2604,18 @@ def run_script(main):
             start = '\n' * ('RANK' in os.environ)  # the bar of another process
             with contextlib.suppress(OSError):
                 print(f'{start}error: {sentence}', file=sys.stderr, flush=True)
+        interrupted = isinstance(error, KeyboardInterrupt)
+        code = 130 if interrupted else 2 if sentence else 1
         if torch.distributed.is_initialized():
-            leave_group()
+            # at once: the group's end, see `leave_group`, could hang
+            if first and not sentence:
+                traceback.print_exc()
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+            os._exit(code)
         if first and not sentence:
             raise
-        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
+        sys.exit(code)
 
 
 def cause_in_words(error):
@@ -3073,10 +3088,7 @@ class Run:
             else:
                 need += sum(x.numel() * x.element_size() for x in part.state_dict().values())
         self.folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.folder).free
-        if need > free:
-            raise InputError(f'{self.folder} has {free / 1e9:.1f} GB free, but a state to resume '
-                             f'from takes {need / 1e9:.1f}: take an --out on another disk')
+        require_space(self.folder, need, 'a state to resume from takes')
 
     def load(self):
         """Take everything back to the saved step, the log too."""

@@ -602,6 +602,10 @@ def test_another_setting_in_the_same_folder_is_refused(sampled, tmp_path):
     (tmp_path / "videos" / "a cat-0.mp4").touch()
     code, _, err = call("sample", "--out", tmp_path, *FAST)
     assert code == 2 and "samples.json is not what eval_vbench.py sample wrote" in err
+    (tmp_path / "samples.json").unlink()  # whose videos these are is not known any more
+    code, _, err = call("sample", "--out", tmp_path, *FAST)
+    assert code == 2 and "samples.json, which says of what texts and seeds, is gone: take another --out" in err
+    assert [file.name for file in tmp_path.iterdir()] == ["videos"]
 
 
 def test_extended_prompts_are_named_by_the_original(tmp_path):

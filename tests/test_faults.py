@@ -201,7 +201,7 @@ def test_files_are_readable_as_the_umask_says(tmp_path):
 @pytest.mark.quick
 @pytest.mark.parametrize("flags, words", [
     (["x.avi"], "--out x.avi: videos are written as .mp4 files"), ([f"{'x' * 252}.mp4"], "File name too long"),
-    (["x.gif"], "--out x.gif: videos are written as .mp4 files"), (["folder.mp4"], "folder.mp4 is a folder"),
+    (["x.TS"], "--out x.TS: videos are written as .mp4 files"), (["folder.mp4"], "folder.mp4 is a folder"),
     ([f"{'x' * 300}/"], "File name too long")])
 def test_names_that_cannot_be_are_refused_before_any_model(flags, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -397,7 +397,7 @@ def test_a_disk_too_small_is_known_before_the_first_step(tmp_path, monkeypatch):
     args = reward_forcing.parse_args(["--init", "x", "--out", str(tmp_path)])
     model = torch.nn.Linear(1000, 1000, bias=False)  # 4 MB, and 8 of AdamW's
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=11_900_000))
-    with wc.processes("cpu") as process, pytest.raises(wc.InputError, match="has 0.0 GB free, but a state"):
+    with wc.processes("cpu") as process, pytest.raises(wc.InputError, match="has 0.01 GB free, but a state to resume"):
         wc.Run("test", args, process, [], net=model, optimizer=torch.optim.AdamW(model.parameters()))
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=12_100_000))

@@ -630,6 +630,9 @@ def test_sampling_is_resumed_without_a_lost_or_doubled_trajectory(made, tmp_path
     for i in range(6):  # two processes = one, resumed = whole
         torch.testing.assert_close(data[i][0], reference[i][0], atol=2e-3, rtol=2e-3)
         assert data[i][1] == reference[i][1] == wc.shuffled((TINY / "prompts.txt").read_text().splitlines(), i, 0)
+    done = run(*SAMPLE, "--count", 10 ** 12, "--per-file", 10 ** 11, "--out", tmp_path / "more")  # 10 PB
+    assert done.returncode == 2 and "GB free, but the trajectories of --count take 1" in done.stderr, done.stderr
+    assert not any((tmp_path / "more").iterdir())
 
 
 def test_kept_states_are_the_teachers_ode(made, parts):
