@@ -8,9 +8,9 @@ One step:
      gradient, all states recorded
   2. rewards: each kind is normalised within the group, weighted, summed, normalised again,
      clipped: the advantage A
-  3. policy: a step from t to the next t' of the sampler draws z' ~ N(mean(x0), std^2), where
-     x0 is the prediction at t
-         consistency (cm):     mean = (1 - s') x0,  std = s'
+  3. policy: a step from u to the next timestep s of the sampler draws z_s ~ N(mean, std^2);
+     x0 is the prediction at u, sigma_s = s / 1000
+         consistency (cm):     mean = (1 - sigma_s) x0,  std = sigma_s
          Euler-Maruyama (em):  Flow-GRPO's stochastic step, see `euler_maruyama`
      one transition is drawn at random (never the last one, which is not random); one
      interleaved forward on the rollout's own states predicts x0 again, with gradient
@@ -22,6 +22,7 @@ clip. The surrogate counts 100 times beside `--kl`, as in the public code.
   paper       code          paper       code           paper      code
   x_theta     x0            z_s         z_next         alpha_s    slope
   G           --group       A           advantage      beta       --kl
+  u           steps[k]      s           steps[k + 1]   sigma_s    std
 
 Differs from the paper: text alignment, motion and smoothness are measured by smaller means
 (see Rewards), since the paper's judges (Qwen2-VL, RAFT, AMT) need other packages; bring them
@@ -89,7 +90,7 @@ def surrogate(x0, z_next, mean, std, slope, advantage, weights):
     -w A (d log pi / d x0) / numel.
 
     x0, z_next, mean (B, C, F, H, W), advantage (B,), weights (F,). RAVEN eq. 12; for the
-    consistency kernel d log pi / d x0 = (1 - s') (z' - (1 - s') x0) / s'^2.
+    consistency kernel d log pi / d x0 = (1 - sigma_s) (z_s - (1 - sigma_s) x0) / sigma_s^2.
     """
     A = advantage.view(-1, 1, 1, 1, 1)
     score = slope * (z_next - mean) / std ** 2  # d log pi / d x0 of N(mean(x0), std^2)
@@ -219,7 +220,7 @@ def load_rewards(args, process, prompts):
                 raise InputError('the reward aesthetic needs --aesthetic-head, LAION\'s '
                                  'sa_0_4_vit_l_14_linear.pth')
             clip = clip or Clip(args.clip_model, args.aesthetic_head, device)
-            rewards.append((name, {'clip': clip.similarity, 'aesthetic': clip.aesthetic}[name]))
+            rewards.append((name, clip.similarity if name == 'clip' else clip.aesthetic))
         else:
             known = 'imagereward, motion, smoothness, clip, aesthetic'
             rewards.append((name, load_function(name, '--rewards', known)))
@@ -280,7 +281,7 @@ def merged(state, average, alpha):
     average = {name: value.cpu() for name, value in average.items()}
     base = {key.replace('.base_layer', ''): value.cpu()
             for key, value in state.items() if '.lora_' not in key}
-    return merge_lora({**base, **average}, base, {'lora_alpha': alpha})
+    return merge_lora(average, base, {'lora_alpha': alpha})
 
 
 @contextlib.contextmanager

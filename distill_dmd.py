@@ -2,8 +2,8 @@
 samples in a few steps.
 
 Papers: DMD2 (arXiv 2405.14867), CausVid (2412.07772), Self Forcing (2506.08009), RAVEN
-(2605.15190) 3; Reward-Forcing (2601.16933) 3.4, first stage, and 5.1, the ablation with a
-reward.
+(2605.15190) 3; Reward-Forcing (2601.16933) 3.1, the two losses, 3.4, first stage, and 5.1,
+the ablation with a reward.
 
 One step:
   `--ratio` times, the critic:  x0 = student's sample; flow matching of the fake score on it
@@ -26,9 +26,10 @@ a step of each chunk's own.
 
   paper         code               paper             code
   G_theta       generator          s_real, s_fake    teacher, critic (as x0 predictions)
-  tau, s        t                  grad of D_KL      direction
+  tau, s        t                  grad D_KL, L_DMD  direction
   z^_j^(u)      states[exit_step]  x^_j              endpoints
-  pi_alpha      chunk_weights
+  pi_alpha      chunk_weights      I_u               interleaved_x0
+  Phi           add_noise          x_1               eps
 
 Differs from DMD2: no GAN loss. From the public code: a direction that is not a number stops
 the run instead of being set to zero; one random step for all samples of an update, as Self
@@ -155,8 +156,8 @@ def compare_scores(x0, teacher, critic, context, negative, guidance, shift, gene
 
 
 def reward_and_gradient(reward, vae, x0, prompts, frame):
-    """Rewards (B,) of one video frame, and their gradient at x0 (B, C, F, H, W); see
-    `rewarded_video`."""
+    """Rewards (B,) of one video frame, and their gradient at x0 (B, C, F, H, W) through two
+    latent frames of the decoder's memory, reward_forcing.py's default; see `rewarded_video`."""
     x0 = x0.requires_grad_()
     score = checked_reward(reward, rewarded_video(vae, x0, [frame], past=2), prompts)
     return score.detach(), torch.autograd.grad(score.sum(), x0)[0]
@@ -300,12 +301,14 @@ def parse_args(argv=None):
     p.set_defaults(**SETTINGS[history])
     args = parse_stage(p, f'distill_dmd {asked.student}', argv)
     args.history = history
-    if history not in WITH_DATA and args.data != p.get_default('data'):
-        raise InputError(f'--data {args.data} has no effect: history {history} trains on the '
-                         'student\'s own rollouts')
-    if args.student == 'bidirectional' and args.chunk:
-        raise InputError(f'--chunk {args.chunk} needs --student causal: a bidirectional one '
-                         'makes all frames at once')
+    if history not in WITH_DATA:
+        refuse_unused(p, args, f'history {history} trains on the student\'s own rollouts',
+                      'data')
+    if args.student == 'bidirectional':
+        if args.chunk:
+            raise InputError(f'--chunk {args.chunk} needs --student causal: a bidirectional one '
+                             'makes all frames at once')
+        refuse_unused(p, args, 'all frames are one chunk', 'chunk_weight_shift')
     if not args.reward_weight:
         refuse_unused(p, args, 'no --reward-weight is given', 'reward_model')
     if args.guidance == 1:
@@ -358,7 +361,7 @@ def train(args, process):
 
     # --- the video and its chunks
     C, F, H, W = shape = latent_shape(args, net.config)
-    chunk = args.chunk or chunk if causal else F
+    chunk = (args.chunk or chunk) if causal else F
     rolled = latent_frames(args.rollout_frames or args.frames)
     chunks = chunk_sizes(rolled, chunk)
     if (rolled - F) % chunk:
@@ -414,8 +417,8 @@ def train(args, process):
         sample()  # what it starts from
     for step in run.steps():
         # critic: the fake score follows the student's distribution
-        update = step * (args.ratio + 1)
-        for update in range(update, update + args.ratio):
+        first = step * (args.ratio + 1)  # of this step's updates; the generator's is its last
+        for update in range(first, first + args.ratio):
             critic_loss, batches = 0, []
             for micro in range(args.accum):
                 b = draw(update, micro)
@@ -444,7 +447,8 @@ def train(args, process):
         sums = torch.zeros(3, device=device)  # size of the direction, motion, reward
         for micro in range(args.accum):
             # RAVEN trains on the rollout that the critic has just seen; the others on a new one
-            b = batches[micro] if args.history == 'raven' else draw(update + 1, micro)
+            last = first + args.ratio
+            b = batches[micro] if args.history == 'raven' else draw(last, micro)
             with process.sync(generator, micro == args.accum - 1):
                 x0 = student_sample(args.history, generator, b, steps, chunks,
                                     grad_from=rolled - F)

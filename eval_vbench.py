@@ -197,11 +197,12 @@ def video_names(entries, wanted, samples=5):
     A prompt that appears twice has one set of videos, which belongs to its first entry.
     """
     videos, first = {}, {}
-    for place, entry in enumerate(entries):
-        prompt, place = entry['prompt_en'], first.setdefault(entry['prompt_en'], place)
+    for n, entry in enumerate(entries):
+        prompt = entry['prompt_en']
+        place = first.setdefault(prompt, n)
         if set(wanted) & set(entry['dimension']):
-            for i in range(5 *
-                           samples if 'temporal_flickering' in entry['dimension'] else samples):
+            count = 5 * samples if 'temporal_flickering' in entry['dimension'] else samples
+            for i in range(count):
                 videos[f'{prompt}-{i}.mp4'] = place, i
     return videos
 
@@ -595,7 +596,7 @@ def score(args, process, entries, dimensions):
     of_video = {}
     for i, (_, path, _) in enumerate(jobs):
         of_video.setdefault(path, []).append(i)
-    # of its scores; how many
+    # of each job: the sum of its scores, and how many they are
     sums = torch.zeros(len(jobs), 2, dtype=torch.float64, device=process.device)
     for path in tqdm(list(of_video)[process.rank::process.world], desc='videos', unit='',
                      disable=process.quiet):
@@ -646,18 +647,19 @@ def score_with_vbench(args, dimensions):
 def check_scoring(args):
     """(entries, dimensions to score, those of them for VBench); whatever is not there is said
     before any work."""
-    left = Path(args.out) / 'full_info.json'
     if args.custom:
-        # not a killed run's temporary files, nor macOS's
-        folder = Path(args.videos or '')
-        files = sorted(path for path in folder.iterdir() if path.suffix.lower() == '.mp4' and
-                       not path.name.startswith('.')) if args.videos and folder.is_dir() else []
+        files = []
+        if args.videos and Path(args.videos).is_dir():
+            # not a killed run's temporary files, nor macOS's
+            files = sorted(path for path in Path(args.videos).iterdir()
+                           if path.suffix.lower() == '.mp4' and not path.name.startswith('.'))
         if not files or args.full_info or args.filtered:
             raise InputError('--custom needs --videos, a folder with .mp4 files, and neither '
                              '--full-info nor --filtered')
         entries = [{'prompt_en': path.stem, 'dimension': list(CUSTOM), 'file': path}
                    for path in files]
     else:
+        left = Path(args.out) / 'full_info.json'
         args.full_info = args.full_info or (left if left.is_file() else installed_list())
         entries = read_suite(args.full_info)
     dimensions = chosen(args, entries)
@@ -751,7 +753,7 @@ def table(args):
         raise InputError('give result files or --percentages, not both')
     if args.percentages:
         scores = {name: p / 100 for name, p in zip(VBENCH, args.percentages)}
-        if not all(0 <= p <= 1 for p in scores.values()) or max(args.percentages) <= 1:
+        if max(args.percentages) <= 1:
             raise InputError('--percentages are 16 numbers from 0 to 100, such as 96.15, as '
                              'the papers print them')
     else:

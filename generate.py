@@ -10,10 +10,11 @@ Tiny model, on a CPU, offline; then one GPU; then prompts shared out over 8:
         --checkpoint gdhe17/Self-Forcing:checkpoints/self_forcing_dmd.pt
     torchrun --standalone --nproc_per_node 8 generate.py --prompts prompts.txt ...
 
-Without --checkpoint (or with --bidirectional) the model itself is sampled with a multi-step
-ODE solver and classifier-free guidance, all frames at once: that is the teacher, and it
-cannot stream. A few-step bidirectional student (--bidirectional --checkpoint) is sampled all
-at once too, at its own timesteps.
+Without weights, neither by --checkpoint nor named by the model's folder, or with
+--bidirectional alone, the model itself is sampled with a multi-step ODE solver and
+classifier-free guidance, all frames at once: that is the teacher, and it cannot stream. A
+few-step bidirectional student (--bidirectional --checkpoint) is sampled all at once too, at
+its own timesteps.
 
 Paper: Self Forcing (arXiv 2506.08009) alg. 2; UniPC (2302.04867) for the teacher's solver.
 """
@@ -104,8 +105,8 @@ def parse_args(argv=None):
                    help='compile DiT blocks and decoder (a minute or two, once)')
     args = parse_stage(p, 'generate', argv)
     args.segment = p.get_default('frames')  # the model's own length
-    args.weights = args.weights or (None if args.bidirectional else model_defaults(
-        args.model).get('checkpoint'))
+    if not args.bidirectional:
+        args.weights = args.weights or model_defaults(args.model).get('checkpoint')
     args.bidirectional = args.bidirectional or args.weights is None
     args.unused = functools.partial(refuse_unused, p, args)
     check(args)
@@ -157,8 +158,9 @@ def read_jobs(args):
     if args.jobs:
         if args.prompt or args.prompt_file:
             raise InputError('give prompts or --jobs, not both')
+        lines = read_lines(args.jobs)
         try:
-            rows = [json.loads(line) for line in read_lines(args.jobs)]
+            rows = [json.loads(line) for line in lines]
             for row in rows:
                 if set(row) != {'prompt', 'seed', 'out'}:
                     raise ValueError(f'{json.dumps(row)[:80]} has other keys')
@@ -235,8 +237,7 @@ def pictures(file):
     try:
         mode = imageio.v3.immeta(file, plugin='pillow')['mode']
     except OSError:  # no image
-        # whatever its name says
-        yield from imageio.v3.imiter(file, extension='.mp4')
+        yield from imageio.v3.imiter(file, extension='.mp4')  # whatever its name says
         return
     if mode.startswith(('I', 'F')):
         grey = next(imageio.v3.imiter(file, plugin='pillow', rotate=True))
@@ -627,9 +628,8 @@ def still_to_make(jobs, args, process):
             there = side.map(lambda path: path.exists() and frames_in(path),
                              (path for *_, path in mine))
             mine = [job for job, frames in zip(mine, there) if not frames]
-        left = process.mean(torch.tensor(float(len(mine)),
-                                         device=process.device)).item() * process.world
-        process.print(f'{len(jobs)} videos, {left:.0f} of them to be made')
+        left = process.gather(torch.tensor(len(mine), device=process.device)).sum().item()
+        process.print(f'{len(jobs)} videos, {left} of them to be made')
     return mine
 
 

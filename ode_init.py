@@ -1,7 +1,7 @@
 """Stage: ODE trajectories of the teacher, then a causal student that regresses them ("ODE
 only").
 
-Papers: CausVid (arXiv 2412.07772) 4.2; Self Forcing (2506.08009); Reward-Forcing
+Papers: CausVid (arXiv 2412.07772) 4.3; Self Forcing (2506.08009); Reward-Forcing
 (2601.16933) 3.2 and 3.4: few trajectories teach the motion, the texture comes from the
 reward.
 
@@ -12,9 +12,11 @@ train   each chunk of frames draws one of the K + 1 states (the last one is clea
         one block-causal forward over all frames, with a timestep per frame;
         loss = mean (x0 - clean)^2 over the frames with t > 0
 
-  paper                         code
-  {x_t_i}, i = 1..K and x_0     trajectory
-  G_phi(x_t, t)                 x0_from_v(x_t, generator(...), t)
+  paper (Reward-Forcing 3.2)    code
+  x_t^i, i counts chunks        trajectory[:, k], k = 0..K; the last one is x_0^i
+  t^i                           t, one for each chunk: levels[index]
+  G_phi({x_t^i}, {t^i})         x0_from_v(x_t, generator(x_t, t, ...), t)
+  L_ode                         regression_loss
 
 The solver's grid contains the student's timesteps exactly, at the student's shift, as Causal
 Forcing's does. Differs from Self Forcing's script, which solves at shift 8 and keeps states at
@@ -101,13 +103,13 @@ def pick_states(trajectory, index):
 def regression_loss(x0, clean, t):
     """Mean squared error over the frames with t > 0, per sample, then over samples.
 
-    x0, clean (B, C, F, H, W), t (B, F). CausVid eq. 6. A clean frame (t = 0) is input, and has
-    nothing to be learned.
+    x0, clean (B, C, F, H, W), t (B, F). Reward-Forcing 3.2, L_ode; CausVid eq. 6. A clean
+    frame (t = 0) is input, and has nothing to be learned.
     """
     noisy = (t > 0).float()  # (B, F)
     error = (x0 - clean).square().mean(dim=(1, 3, 4))  # (B, F)
-    # differs from the public code: the mean of each sample first, then of the samples (B,)
-    each = (error * noisy).sum(1) / noisy.sum(1).clamp(min=1)
+    # differs from the public code: the mean of each sample first, then of the samples
+    each = (error * noisy).sum(1) / noisy.sum(1).clamp(min=1)  # (B,)
     return each.mean()
 
 
@@ -172,6 +174,9 @@ def parse_args(argv=None):
     args = parse_stage(p, f'ode_init {verb}', argv)
     if verb == 'sample' and args.guidance == 1:
         refuse_unused(p, args, '--guidance 1 needs none', 'negative')
+    if verb == 'train':  # the size is the trajectories': who asks for another is told
+        args.asked = {name: getattr(args, name) for name in ('frames', 'height', 'width')
+                      if getattr(args, name) != p.get_default(name)}
     return args
 
 
@@ -207,11 +212,12 @@ def sample(args, process):
               for first in range(0, args.count, args.per_file)]
     missing = [shard for shard in shards if not shard_path(out, shard[0]).exists()]
     each = 2 * len(kept) * torch.Size(shape).numel()  # bytes, float16
-    need = each * sum(map(len, missing))
+    left = sum(map(len, missing))
+    need = each * left
     process.print(f'timesteps {format_steps(timesteps)} and 0, out of {len(sigmas) - 1} Euler '
                   f'steps at guidance {args.guidance}\n{args.count} trajectories of '
                   f'{megabytes(each)}: {megabytes(args.count * each)} on disk in all; '
-                  f'{sum(map(len, missing))} to be made, {megabytes(need)}')
+                  f'{left} to be made, {megabytes(need)}')
     check_writable(out)
     require_space(out, need, 'the trajectories of --count take')
     process.barrier()
@@ -260,6 +266,10 @@ def train(args, process):
     device = process.device
     dtype = compute_dtype(args, device)
     data = Trajectories(args.data)
+    for name, value in vars(args).pop('asked').items():
+        if value != data.settings[name]:
+            raise InputError(f'--{name} {value}, but the trajectories in {args.data} have '
+                             f'{data.settings[name]}: leave the flag out')
     timesteps, shift = data.settings['timesteps'], data.settings['shift']
     args.frames, args.height, args.width = (data.settings[key]
                                             for key in ('frames', 'height', 'width'))
@@ -313,12 +323,13 @@ def train(args, process):
             trajectory, prompts = zip(*(shuffled(data, n, args.seed) for n in numbers))
             trajectory = torch.stack(trajectory).to(device)  # (B, K + 1, C, F, H, W)
             context = text(list(prompts)).float()
-            # each chunk starts from a state of its own, the last of which is clean
+            # each chunk draws one of the K + 1 states, the last of which is clean
             generators = sample_generators(args, numbers)
             index = draw_per_chunk(len(levels), chunks, generators, device)  # (B, F)
             x_t, t = pick_states(trajectory, index), levels[index]
             with process.sync(generator, micro == args.accum - 1):
                 x0 = x0_from_v(x_t, generator(x_t, t, context, layout), t)
+                # L_ode = E |G_phi({x_t^i}, {t^i}) - {x_0^i}|^2
                 micro_loss = regression_loss(x0, trajectory[:, -1], t) / args.accum
                 micro_loss.backward()
             loss += micro_loss.item()

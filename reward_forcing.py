@@ -62,12 +62,12 @@ def latent_past(text):
     return None if text == 'all' else whole(0)(text)
 
 
-def rewarded_frames(mode, frames, random):
+def rewarded_frames(mode, frames, steer):
     """Numbers of the video frames that are rewarded: the 'last' or 'all' (paper 3.2), or one
     'random' (5.2)."""
     if mode == 'all':
         return list(range(frames))
-    return [frames - 1 if mode == 'last' else random.randrange(frames)]
+    return [frames - 1 if mode == 'last' else steer.randrange(frames)]
 
 
 def first_reached(frames, past):

@@ -136,13 +136,13 @@ def gaussian(shape, generator, device):
     return torch.randn(shape, generator=generator, device=where).to(device)
 
 
-def guided_velocity(model, x, t, context, negative, guidance, **kwargs):
+def guided_velocity(model, x, t, context, negative, guidance):
     """Classifier-free guidance: v_uncond + guidance (v_cond - v_uncond); t a number, or (B,)."""
     t = t if torch.is_tensor(t) else torch.full((x.shape[0],), float(t), device=x.device)
-    v = model(x, t, context, **kwargs)
+    v = model(x, t, context)
     if guidance == 1:  # half the work
         return v
-    v_uncond = model(x, t, negative, **kwargs)
+    v_uncond = model(x, t, negative)
     return v_uncond + guidance * (v - v_uncond)
 
 
@@ -1562,8 +1562,8 @@ def load_clip(name, device='cpu'):
 def aesthetic_head(file, width, device='cpu'):
     """LAION's linear head on unit CLIP features: weight (1, width), bias (1,)."""
     state = read_state(find_file(file))[0]
-    if {key: tuple(value.shape)
-            for key, value in state.items()} != {'weight': (1, width), 'bias': (1, )}:
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    if shapes != {'weight': (1, width), 'bias': (1,)}:
         raise InputError(f'{file} is no aesthetic head for CLIP features of {width} numbers: '
                          f'it must hold weight (1, {width}) and bias (1,)')
     return state['weight'].float().to(device), state['bias'].float().to(device)
@@ -2301,8 +2301,8 @@ def load_generator(folder, init, kind, shift=5.0):
     metadata = load_checkpoint(net, init) if init else {}
     require(metadata, init, kind=kind)
     shift = saved_number(metadata, 'shift', shift, float)
-    return net, saved_steps(metadata) or warped_steps(shift=shift), saved_number(
-        metadata, 'chunk', 3, int), shift
+    steps = saved_steps(metadata) or warped_steps(shift=shift)
+    return net, steps, saved_number(metadata, 'chunk', 3, int), shift
 
 
 def require(metadata, path, **wanted):
@@ -2997,7 +2997,7 @@ def claim_folder(args, process):
     if state.exists() and not args.resume:
         raise InputError(f'{folder} already holds a run: go on with --resume, or give another '
                          '--out')
-    # this: killed while saving
+    # a run that was killed while it saved leaves a temporary state
     if result.exists() and not state.exists() and not temporary_name(state).exists():
         raise InputError(f'{result} is the result of a run whose state.pt is gone: it is not '
                          'written over; move it away, or give another --out')

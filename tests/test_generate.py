@@ -246,6 +246,7 @@ BAD = [
     ([], "empty prompt"), ([""], "empty prompt"), (["  "], "empty prompt"),
     (["--prompts", "nothing.txt"], "cannot read nothing.txt: No such file"),
     (["--jobs", "README.md"], 'README.md must hold lines such as {"prompt": "a cat", "seed": 0, "out": "cat.mp4"}'),
+    (["--jobs", "nothing.jsonl"], "error: cannot read nothing.jsonl"),
     ([PROMPT, "--jobs", "jobs.jsonl"], "give prompts or --jobs, not both"),
     ([PROMPT, PROMPT, "--out", "OUT/x.mp4"], "is one file, but there are 2 prompts"),
     ([PROMPT, "--out", "README.md/x.mp4"], "cannot write"),
