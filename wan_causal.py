@@ -94,10 +94,9 @@ def shift_sigma(sigma, shift):
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def warped_steps(steps=FEW_STEPS, shift=5.0):
-    """The timesteps the network really sees:
-    1000, 750, 500, 250 at shift 5 -> [1000, 937.5, 833.33, 625]."""
-    return [1000 * shift_sigma(t / 1000, shift) for t in steps]
+def warped_steps(shift=5.0):
+    """The timesteps the network really sees: at shift 5 [1000, 937.5, 833.33, 625]."""
+    return [1000 * shift_sigma(t / 1000, shift) for t in FEW_STEPS]
 
 
 def sigma_of(t, x):
@@ -194,11 +193,11 @@ def bidirectional(frames):
     return Layout(tuple(range(frames)), (0,) * frames, (True,) * frames)
 
 
-def block_causal(chunks, window=None, sink=0):
+def block_causal(chunks):
     """Every chunk sees itself and the chunks before it, as they are in the sequence (diffusion
     forcing)."""
     chunk = tuple(i for i, n in enumerate(chunks) for _ in range(n))
-    return Layout(tuple(range(len(chunk))), chunk, (True,) * len(chunk), window, sink)
+    return Layout(tuple(range(len(chunk))), chunk, (True,) * len(chunk))
 
 
 def interleaved(chunks, window=None, sink=0):
@@ -430,18 +429,15 @@ class KVCache:
         count = k.shape[2] // self.tokens
         slots = self.slots(start, count)
         if torch.is_grad_enabled():
-            # Training: the history is a constant. Slots that this chunk is to overwrite hold
-            # its own earlier step, or frames that have left the window.
+            # what this chunk would overwrite is its own earlier step, or has left the window
             old = runs([slot for slot in range(min(start, self.frames)) if slot not in slots])
             return tuple(torch.cat([take_frames(past[layer], old, self.tokens), new], dim=2)
                          for past, new in ((self.k, k), (self.v, v)))
-        done = 0
-        for a, b in runs(slots):  # one, but two where the ring's end lies within the chunk
-            here = slice(a * self.tokens, b * self.tokens)
-            part = slice(done * self.tokens, (done + b - a) * self.tokens)
-            self.k[layer][:, :, here] = k[:, :, part]
-            self.v[layer][:, :, here] = v[:, :, part]
-            done += b - a
+        where = runs(slots)  # one, but two where the ring's end lies within the chunk
+        sizes = [(b - a) * self.tokens for a, b in where]
+        for ring, new in ((self.k[layer], k), (self.v[layer], v)):
+            for (a, b), part in zip(where, new.split(sizes, dim=2)):
+                ring[:, :, a * self.tokens:b * self.tokens] = part
         # whatever lies in the ring is within the window, in any order
         seen = min(start + count, self.frames) * self.tokens
         return self.k[layer][:, :, :seen], self.v[layer][:, :, :seen]
@@ -836,7 +832,7 @@ def rollout(model, noise, context, steps, chunks, *, window=None, sink=0, init=N
 
     for i, n in enumerate(chunks):
         x = noise[:, :, start - begin:start - begin + n]  # (B, C, n, H, W)
-        chunk = Chunk(start, None, [], [])
+        states, predictions = [], []
         for k, t in enumerate(steps):
             # Only the step that the chunk ends at carries gradient, and only to the chunk's
             # own keys and values: the history in the cache is a constant.
@@ -844,15 +840,15 @@ def rollout(model, noise, context, steps, chunks, *, window=None, sink=0, init=N
             with torch.set_grad_enabled(carries):
                 x0 = x0_from_v(x, forward(x, t, start), t)
             if record:
-                chunk.states.append(x)
-                chunk.predictions.append(x0.detach())
+                states.append(x)
+                predictions.append(x0.detach())
             if k == exit_step or k == len(steps) - 1:
                 break
             # re-noise the prediction to the next timestep, with fresh noise
             mean, std, *_ = kernel(x, x0, t, steps[k + 1])
             x = mean + std * gaussian(x0.shape, generator, x0.device)
-        chunk.x0 = x0
-        yield chunk  # the caller may decode it, or take its gradient, at once
+        # the caller may decode it, or take its gradient, at once
+        yield Chunk(start, x0, states, predictions)
 
         # The clean pass: what later chunks see of this one are its endpoint's keys and values.
         if i < len(chunks) - 1:
@@ -953,12 +949,6 @@ def rewarded_video(vae, latents, frames, past=None):
 # stopped. Both run the same lines, so a streamed clip equals the whole one however it is cut.
 # In memory the channels come last throughout, as the fast convolution kernels want them.
 
-def suits_onednn(x):
-    """Whether x is float32 on a CPU where torch has oneDNN."""
-    plain = x.device.type == 'cpu' and x.dtype == torch.float32
-    return plain and torch.backends.mkldnn.is_available()
-
-
 class CausalConv3d(nn.Conv3d):
     """3-D convolution that sees the present and the past: (B, C, T, H, W) -> (B, C', T, H, W)."""
 
@@ -979,7 +969,8 @@ class CausalConv3d(nn.Conv3d):
                 cache[self] = x[:, :, -past:].clone(memory_format=torch.channels_last_3d)
         # not before: padding and joining may lose it
         x = x.contiguous(memory_format=torch.channels_last_3d)
-        if not torch.compiler.is_compiling() and x.shape[0] == 1 and suits_onednn(x):
+        one = x.shape[0] == 1 and x.device.type == 'cpu' and x.dtype == torch.float32
+        if not torch.compiler.is_compiling() and one and torch.backends.mkldnn.is_available():
             # for one small clip torch would take a plain kernel, which is ten times as slow
             return torch.mkldnn_convolution(x, self.weight, self.bias, self.padding,
                                             self.stride, self.dilation, 1)
@@ -1042,9 +1033,8 @@ class FrameAttention(nn.Module):
     def forward(self, x, cache=None):
         B, C, T, H, W = x.shape
         frames = x.transpose(1, 2).reshape(B * T, C, H, W)
-        q, k, v = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(
-            3, dim=-1)
-        out = F.scaled_dot_product_attention(q, k, v)  # (B T, 1, H W, C)
+        qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).unsqueeze(1)
+        out = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))  # (B T, 1, H W, C)
         out = self.proj(out.squeeze(1).transpose(1, 2).reshape(B * T, C, H, W))
         return x + out.view(B, T, C, H, W).transpose(1, 2)
 
@@ -1185,8 +1175,8 @@ def recomputed(layer, x, cache):
     return out
 
 
-# Per-channel statistics of Wan 2.1's latents (Wan2.1/wan/modules/vae.py); the model sees (mu -
-# mean) / std.
+# Per-channel statistics of Wan 2.1's latents (Wan2.1/wan/modules/vae.py); the model sees
+# (mu - mean) / std.
 LATENT_MEAN = [-.7571, -.7089, -.9113, .1075, -.1745, .9653, -.1517, 1.5508,
                .4134, -.0715, .5517, -.3632, -.1922, -.9497, .2503, -.2921]
 LATENT_STD = [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
@@ -1200,8 +1190,8 @@ def per_channel(values, device):
 
 
 class WanVAE(nn.Module):
-    """Wan 2.1's video autoencoder. Video (B, 3, 1 + 4(F - 1), H, W) in [-1, 1] <-> latents (B,
-    16, F, H/8, W/8).
+    """Wan 2.1's video autoencoder. Video (B, 3, 1 + 4(F - 1), H, W) in [-1, 1] <-> latents
+    (B, 16, F, H/8, W/8).
 
     Encoding gives the posterior mean, normalised per channel; decoding clamps to [-1, 1].
     """
@@ -1229,8 +1219,8 @@ class WanVAE(nn.Module):
         return per_channel(self.latent_std, self.conv2.weight.device)
 
     def encode(self, video):
-        """Video (B, 3, 1 + 4k, H, W) in [-1, 1] -> normalised latents (B, z_dim, 1 + k, H/8,
-        W/8), float32."""
+        """Video (B, 3, 1 + 4k, H, W) in [-1, 1] -> normalised latents
+        (B, z_dim, 1 + k, H/8, W/8), float32."""
         st, sh, sw = self.stride
         B, C, T, H, W = video.shape
         if C != 3 or T % st != 1 or H % sh or W % sw:
@@ -1442,14 +1432,13 @@ class ImageReward(nn.Module):
     @staticmethod
     def published_key(key):
         """Our parameter name -> the name in ImageReward.pt."""
-        key = rename(
-            key,
-            [('vision.embeddings.class_embedding', 'blip.visual_encoder.cls_token'),
-             ('vision.embeddings.position_embedding', 'blip.visual_encoder.pos_embed'),
-             ('vision.embeddings.patch_embedding.', 'blip.visual_encoder.patch_embed.proj.'),
-             ('vision.post_layernorm.', 'blip.visual_encoder.norm.'),
-             ('vision.encoder.layers.', 'blip.visual_encoder.blocks.'),
-             ('text.', 'blip.text_encoder.'), ('mlp.', 'mlp.layers.')])
+        key = rename(key, [
+            ('vision.embeddings.class_embedding', 'blip.visual_encoder.cls_token'),
+            ('vision.embeddings.position_embedding', 'blip.visual_encoder.pos_embed'),
+            ('vision.embeddings.patch_embedding.', 'blip.visual_encoder.patch_embed.proj.'),
+            ('vision.post_layernorm.', 'blip.visual_encoder.norm.'),
+            ('vision.encoder.layers.', 'blip.visual_encoder.blocks.'),
+            ('text.', 'blip.text_encoder.'), ('mlp.', 'mlp.layers.')])
         if key.startswith('blip.visual_encoder.blocks.'):
             key = rename(key, [('.layer_norm1.', '.norm1.'), ('.layer_norm2.', '.norm2.'),
                                ('.self_attn.qkv.', '.attn.qkv.'),
@@ -1616,14 +1605,14 @@ def vae_diffusers_key(key, num_res_blocks):
 
 def t5_key(key):
     """models_t5_umt5-xxl-enc-bf16.pth's key -> the name in transformers' UMT5EncoderModel."""
-    return rename(
-        key, [('token_embedding.', 'shared.'), ('norm.', 'encoder.final_layer_norm.'),
-              ('blocks.', 'encoder.block.'), ('.norm1.', '.layer.0.layer_norm.'),
-              ('.norm2.', '.layer.1.layer_norm.'), ('.attn.', '.layer.0.SelfAttention.'),
-              ('.pos_embedding.embedding.', '.layer.0.SelfAttention.relative_attention_bias.'),
-              ('.ffn.gate.0.', '.layer.1.DenseReluDense.wi_0.'),
-              ('.ffn.fc1.', '.layer.1.DenseReluDense.wi_1.'),
-              ('.ffn.fc2.', '.layer.1.DenseReluDense.wo.')])
+    return rename(key, [
+        ('token_embedding.', 'shared.'), ('norm.', 'encoder.final_layer_norm.'),
+        ('blocks.', 'encoder.block.'), ('.norm1.', '.layer.0.layer_norm.'),
+        ('.norm2.', '.layer.1.layer_norm.'), ('.attn.', '.layer.0.SelfAttention.'),
+        ('.pos_embedding.embedding.', '.layer.0.SelfAttention.relative_attention_bias.'),
+        ('.ffn.gate.0.', '.layer.1.DenseReluDense.wi_0.'),
+        ('.ffn.fc1.', '.layer.1.DenseReluDense.wi_1.'),
+        ('.ffn.fc2.', '.layer.1.DenseReluDense.wo.')])
 
 
 LFS_SIGN = 'version https://git-lfs'
@@ -1655,7 +1644,7 @@ def read_weights(path):
             from safetensors import safe_open
             with safe_open(path, 'pt') as file:
                 return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-        # by which torch.load itself would go
+        # not under that suffix, by which torch.load would take it for safetensors
         mapped = start[:2] == b'PK' and path.suffix != '.safetensors'
         source = path if mapped else io.BytesIO(path.read_bytes())
         return torch.load(source, map_location='cpu', weights_only=True, mmap=mapped), {}
@@ -1681,11 +1670,10 @@ def is_state(x):
         isinstance(k, str) and torch.is_tensor(v) for k, v in x.items())
 
 
-def read_folder(folder, stem='diffusion_pytorch_model'):
+def read_folder(folder):
     """All tensors of a folder's safetensors, sharded (with its index) or not."""
-    folder = Path(folder)
-    index = folder / f'{stem}.safetensors.index.json'
-    files = [folder / f'{stem}.safetensors']
+    index = folder / 'diffusion_pytorch_model.safetensors.index.json'
+    files = [folder / 'diffusion_pytorch_model.safetensors']
     if index.exists():
         with loading(index):
             names = sorted(set(read_json(index)['weight_map'].values()))
@@ -1698,8 +1686,8 @@ def read_text(path):
     try:
         text = Path(path).read_text(encoding='utf-8-sig')
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f'cannot read {path}: {getattr(error, "strerror", None) or error}') from error
+        why = getattr(error, 'strerror', None) or error
+        raise InputError(f'cannot read {path}: {why}') from error
     if text.startswith(LFS_SIGN):
         raise InputError(f'{path} is {LFS_FILE}')
     if '\0' in text:
@@ -1745,18 +1733,16 @@ def find_file(name):
     path = Path(name)
     if path.exists() or ':' not in str(name):
         if not path.is_file():
-            raise InputError(f'no checkpoint file {name}: give a file, or repository:path on '
-                             'the hub')
+            raise InputError(f'no file {name}: give a file, or repository:path on the hub')
         return path
     from huggingface_hub import hf_hub_download
     repository, file = str(name).split(':', 1)
     found = from_hub(f'{name} is no file here', hf_hub_download, repository, file)
     # what PEFT says of an adapter lies beside it, if at all
     if 'lora' in file.lower() or 'adapter' in file.lower():
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-        with contextlib.suppress(EntryNotFoundError, LocalEntryNotFoundError):
-            hf_hub_download(repository,
-                            str(PurePosixPath(file).with_name('adapter_config.json')))
+        from huggingface_hub.errors import EntryNotFoundError
+        with contextlib.suppress(EntryNotFoundError):
+            hf_hub_download(repository, str(PurePosixPath(file).with_name('adapter_config.json')))
     return found
 
 
@@ -1796,7 +1782,6 @@ def is_diffusers(folder):
 
 def load_config(folder):
     """The DiT's sizes, from either layout's config.json."""
-    folder = Path(folder)
     if not is_diffusers(folder):
         if (folder / 'high_noise_model').is_dir():
             raise InputError(f'{folder} has two experts (high_noise_model): Wan 2.2 is not '
@@ -1855,8 +1840,8 @@ def load_vae(name, dtype=torch.float32, device='cpu', **sizes):
                  for key, value in read_folder(folder / 'vae').items()}
     else:
         vae, state = WanVAE(**sizes), read_state(folder / 'Wan2.1_VAE.pth')[0]
-    vae = load_exactly(vae, state, f'{folder} (VAE)').to(device, dtype)
-    return vae.eval().requires_grad_(False)
+    load_exactly(vae, state, f'{folder} (VAE)')
+    return vae.to(device, dtype).eval().requires_grad_(False)
 
 
 UMT5_XXL = dict(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24,
@@ -1892,7 +1877,7 @@ def load_image_reward(name, device='cpu'):
     """ImageReward from a folder or hub repository: ImageReward.pt (the published sizes), or
     ImageReward.safetensors with its sizes as JSON under `config` in the metadata. Words: a
     tokenizer/ beside it, else bert-base-uncased."""
-    folder = find_folder(name, ['ImageReward.*', 'med_config.json', 'tokenizer/*'])
+    folder = find_folder(name, ['ImageReward.*', 'tokenizer/*'])
     files = [folder / f'ImageReward.{kind}' for kind in ('safetensors', 'pt')]
     file = next((f for f in files if f.exists()), None)
     if file is None:
@@ -2041,8 +2026,8 @@ def merge_lora(state, base, config=None):
             raise InputError(f'the adapter has {module}.{next(iter(part))}: only LoRA without '
                              'DoRA, and differences of weights, are supported')
         if A is not None or B is not None or bias is not None:
-            if A is None or B is None or A.ndim != 2 or B.ndim != 2 or \
-                    not 0 < len(A) == B.shape[1]:
+            pair = A is not None and B is not None and A.ndim == B.ndim == 2
+            if not pair or not 0 < len(A) == B.shape[1]:
                 raise unfit
             if config.get('r', len(A)) != len(A) and not config.get('rank_pattern'):
                 raise InputError(f'the adapter\'s config says rank {config["r"]}, but its LoRA '
@@ -2074,13 +2059,13 @@ def load_checkpoint(model, name, ema=True, onto=False):
     """Load generator weights into a DiT from any layout of the field; return the file's
     metadata (a dict of str).
 
-    Accepted: flat or under generator_ema / generator / model / state_dict (the EMA is
-    preferred, `ema=False` takes the other if it is there); FSDP, DDP, compile and PEFT
-    prefixes; Wan's or diffusers' names; LoRA adapters, beside their base weights or alone
-    (merged into the generator that their metadata name as `base`, else into the weights that
-    the model has; the `kind` returned then says that these were not in the file). onto: `name`
-    must be an adapter, and is merged into the weights that the model has, whatever `base` it
-    names.
+    Accepted: flat or under generator_ema / ema / generator / generator_lora / model /
+    state_dict (the EMA is preferred, `ema=False` takes the other if it is there); FSDP, DDP,
+    compile and PEFT prefixes; Wan's or diffusers' names; LoRA adapters, beside their base
+    weights or alone (merged into the generator that their metadata name as `base`, else into
+    the weights that the model has; the `kind` returned then says that these were not in the
+    file). onto: `name` must be an adapter, and is merged into the weights that the model has,
+    whatever `base` it names.
     """
     path = find_file(name)
     state, metadata = read_weights(path)
@@ -2109,9 +2094,10 @@ def load_checkpoint(model, name, ema=True, onto=False):
     alone = all(adapted)
     if onto and not alone:
         other = next(key for key, is_part in zip(state, adapted) if not is_part)
-        raise InputError(f'{path} is no LoRA adapter: ' + (
-            f'beside its parts it has {other}' if any(adapted) else
-            'a whole generator goes to --checkpoint'))
+        why = f'beside its parts it has {other}'
+        if not any(adapted):
+            why = 'a whole generator goes to --checkpoint'
+        raise InputError(f'{path} is no LoRA adapter: {why}')
     if any(adapted):
         if alone and not onto:
             if 'base' in metadata:
@@ -2132,8 +2118,8 @@ def save_checkpoint(path, state, **metadata):
     """Write tensors to a safetensors file, whole or not at all: under a temporary name, then
     renamed.
 
-    metadata: stage, kind ('causal' or 'bidirectional'), timesteps, shift, chunk, config, ...; a
-    WanConfig or a list becomes JSON. Read back by `load_checkpoint` and checked by `require`.
+    metadata: stage, kind ('causal' or 'bidirectional'), timesteps, shift, chunk, config, ...; what
+    is no text becomes JSON. Read back by `load_checkpoint` and checked by `require`.
     Weights that are not finite: InputError.
     """
     check_finite(state, f'the weights for {path} are not finite; try a lower --lr')
@@ -2193,13 +2179,12 @@ def writing(what):
     try:
         yield
     except (OSError, RuntimeError) as error:
-        # torch.save hides it
+        # torch.save raises a RuntimeError, whose context the OSError is
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
-        raise InputError(f'cannot write {what}: '
-                         f'{"no space left" if cause.errno in NO_SPACE else first_line(cause)}'
-                         ) from error
+        why = 'no space left' if cause.errno in NO_SPACE else first_line(cause)
+        raise InputError(f'cannot write {what}: {why}') from error
 
 
 def temporary_name(path, mark=''):
@@ -2235,11 +2220,9 @@ def replace_file(path, write, mark=''):
 
 
 # How videos are written: the colours' matrix is named, or players would guess another one.
-VIDEO = dict(
-    macro_block_size=2, output_params=[
-        '-vf', 'scale=out_color_matrix=bt709:out_range=tv', '-color_range', 'tv', '-colorspace',
-        'bt709', '-color_primaries', 'bt709', '-color_trc', 'bt709'
-    ])
+VIDEO = dict(macro_block_size=2, output_params=[
+    '-vf', 'scale=out_color_matrix=bt709:out_range=tv', '-color_range', 'tv',
+    '-colorspace', 'bt709', '-color_primaries', 'bt709', '-color_trc', 'bt709'])
 
 
 def require_ffmpeg():
@@ -2305,14 +2288,12 @@ def load_generator(folder, init, kind, shift=5.0):
     return net, steps, saved_number(metadata, 'chunk', 3, int), shift
 
 
-def require(metadata, path, **wanted):
-    """Refuse a checkpoint of the wrong kind: require(metadata, path, kind='causal'). Files of
-    other projects carry no metadata and are taken at their word."""
-    for key, value in wanted.items():
-        if key in metadata and metadata[key] != value:
-            raise InputError(f'{path} was written by stage {metadata.get("stage", "unknown")} '
-                             f'with {key} = {metadata[key]}, but {key} = {value} is needed '
-                             'here')
+def require(metadata, path, kind):
+    """Refuse a checkpoint that is not of this kind, 'causal' or 'bidirectional'. Files of other
+    projects carry no metadata and are taken at their word."""
+    if metadata.get('kind', kind) != kind:
+        raise InputError(f'{path} was written by stage {metadata.get("stage", "unknown")} with '
+                         f'kind = {metadata["kind"]}, but kind = {kind} is needed here')
 
 
 class Trajectories:
@@ -2443,7 +2424,7 @@ class Process:
             return x.cpu() if self.rank == 0 else None
         return tree_map(gathered, state)
 
-    def sync(self, model, now=True):
+    def sync(self, model, now):
         """Context of a backward pass. DDP averages gradients over processes only in the step's
         last one; sharded ones are averaged every time, since they would not fit whole. (Where
         several forwards share a backward pass, autograd holds them whole until its end.)"""
@@ -2543,15 +2524,11 @@ def processes(device=None, shard=False):
         raise InputError('--shard needs several processes: start with torchrun, or leave it out')
     yield Process(rank, world, device, shard)
     if world > 1:  # after an error `run_script` ends the process instead
-        leave_group()
-
-
-def leave_group():
-    """Leave the process group. A thread of gloo's may still have to free what the last collective
-    held, for which it needs Python's lock; the group's end would hold that and wait for the
-    thread. So it is given a moment."""
-    time.sleep(0.2)
-    torch.distributed.destroy_process_group()
+        # A thread of gloo's may still have to free what the last collective held, for which it
+        # needs Python's lock; the group's end would hold that and wait for the thread. So it is
+        # given a moment.
+        time.sleep(0.2)
+        torch.distributed.destroy_process_group()
 
 
 def seeded(seed, device='cpu'):
@@ -2582,9 +2559,9 @@ def on_ctrl_c(number, frame):
 
 
 def run_script(main):
-    """Call main(); what the user can mend is printed in one sentence, with exit code 2 and no
-    traceback. A fault of the code keeps its traceback. Under torchrun either comes from the
-    first process that fails alone."""
+    """Call main(); what the user can mend is printed in one sentence, with exit code 2 (130
+    after Ctrl-C) and no traceback. A fault of the code keeps its traceback. Under torchrun
+    either comes from the first process that fails alone."""
     # closed, as a cron job's may be
     sys.stdout, sys.stderr = (stream or open(os.devnull, 'w')
                               for stream in (sys.stdout, sys.stderr))
@@ -2607,7 +2584,7 @@ def run_script(main):
         interrupted = isinstance(error, KeyboardInterrupt)
         code = 130 if interrupted else 2 if sentence else 1
         if torch.distributed.is_initialized():
-            # at once: the group's end, see `leave_group`, could hang
+            # at once: the group's end could hang, see `processes`
             if first and not sentence:
                 traceback.print_exc()
             with contextlib.suppress(OSError):
@@ -2677,8 +2654,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=Help, **kwargs)
 
     def error(self, message):
-        raise InputError(
-            message.removeprefix('argument ') + f'; {self.prog} --help shows the flags')
+        message = message.removeprefix('argument ')
+        raise InputError(f'{message}; {self.prog} --help shows the flags')
 
     def parse_known_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
@@ -2889,7 +2866,7 @@ def read_prompts(args):
                              'line')
         return prompts
     prompts = lines(args.prompts)
-    # a run goes on with the same prompts only, whatever their file is called
+    # a run goes on only with the same prompts, also where their file keeps its name
     args.prompts_hash = hashlib.sha256('\n'.join(prompts).encode()).hexdigest()[:16]
     if args.held_out:
         return prompts, lines(args.held_out)
@@ -2915,7 +2892,7 @@ def set_threads(model, device):
         torch.set_num_threads(1)
 
 
-def sample_numbers(args, process, step, micro=0):
+def sample_numbers(args, process, step, micro):
     """Which of the run's samples this process takes in a backward pass: a range of numbers.
 
     Step by step the run counts through its samples, however they are split over processes and
@@ -2988,10 +2965,10 @@ def claim_folder(args, process):
     """A training run's --out, before any model is loaded: rank 0 holds it until its process
     ends, however it ends. One that holds another run, or in which one is under way, is an
     InputError."""
-    folder = Path(args.out)
-    state, result = folder / 'state.pt', folder / 'model.safetensors'
     if process.rank > 0:
         return
+    folder = Path(args.out)
+    state, result = folder / 'state.pt', folder / 'model.safetensors'
     if args.sample_every:
         require_ffmpeg()
     if state.exists() and not args.resume:
@@ -3051,6 +3028,7 @@ class Run:
         self.then, self.args, self.process, self.parts = then, args, process, parts
         self.folder = Path(args.out)
         self.state, self.log = self.folder / 'state.pt', self.folder / 'metrics.jsonl'
+        self.result = self.folder / 'model.safetensors'
         self.step = self.saved = self.began = 0
         self.warned = False  # of motion that falls
         settings = {k: v for k, v in vars(args).items() if k not in self.MAY_CHANGE}
@@ -3064,8 +3042,8 @@ class Run:
                              'on storage that all of them see')
         if process.rank == 0:
             self.check_space()
-            if not self.state.exists():
-                replace_file(self.log, lambda path: path.write_text(''))
+            log = self.logged()
+            replace_file(self.log, lambda path: path.write_text(log))
             written = {'stage': stage, 'processes': process.world,
                        'torch': torch.__version__, **vars(args)}
             replace_file(self.folder / 'settings.json', lambda path: path.write_text(
@@ -3091,7 +3069,7 @@ class Run:
         require_space(self.folder, need, 'a state to resume from takes')
 
     def load(self):
-        """Take everything back to the saved step, the log too."""
+        """Take everything back to the saved step."""
         saved = read_weights(self.state)[0]
         try:
             for key, value in self.settings.items():
@@ -3108,15 +3086,14 @@ class Run:
             raise InputError(f'{self.state} does not hold the state of this run '
                              f'({type(error).__name__}: {first_line(error)}): give another '
                              '--out') from error
-        if self.process.rank == 0:
-            text = ''.join(line + '\n' for line in self.logged())
-            replace_file(self.log, lambda path: path.write_text(text))
 
     def logged(self):
-        """The log's lines up to the saved step, one for each; those after it are to come again."""
+        """The log up to the saved step, a line for each; those after it are to come again."""
+        if not self.step or not self.log.exists():
+            return ''
         try:
-            lines = self.log.read_text().splitlines() if self.log.exists() else []
-            return [line for line in lines[:self.step] if json.loads(line)['step'] <= self.step]
+            lines = self.log.read_text().splitlines()[:self.step]
+            return ''.join(line + '\n' for line in lines if json.loads(line)['step'] <= self.step)
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f'{self.log} is not a line of JSON for each step '
                              f'({first_line(error)}): mend it, or delete it to go on without '
@@ -3132,21 +3109,17 @@ class Run:
             yield step
             self.bar.update()
         self.bar.close()
-        result = f'{self.folder / "model.safetensors"} --model {self.args.model}'
-        self.process.print('\n'.join([
-            f'done: {self.folder / "model.safetensors"}; try',
-            *(f'  python {command} {result}' for command in self.then)
-        ]))
+        self.process.print(f'done: {self.result}; try')
+        for command in self.then:
+            self.process.print(f'  python {command} {self.result} --model {self.args.model}')
 
     def check(self, **metrics):
         """Metrics (numbers or tensors), averaged over processes; what is not finite stops the
         run in words."""
-        names = list(metrics)
-        metrics = {name: x.full_tensor() if is_sharded(x) else x
-                   for name, x in metrics.items()}  # a norm of what is sharded
-        values = torch.tensor([float(metrics[name]) for name in names],
-                              device=self.process.device)
-        values = dict(zip(names, self.process.mean(values).tolist()))
+        # a norm of what is sharded is so too
+        numbers = [float(x.full_tensor() if is_sharded(x) else x) for x in metrics.values()]
+        means = self.process.mean(torch.tensor(numbers, device=self.process.device))
+        values = dict(zip(metrics, means.tolist()))
         for name, value in values.items():
             if not math.isfinite(value):
                 raise InputError(f'{name} is {value} at step {self.step}; {self.last_good()}')
@@ -3205,14 +3178,13 @@ class Run:
             with replacing(self.state) as temporary:
                 with open(temporary, 'wb') as file:
                     torch.save(content, file)
-                save_checkpoint(self.folder / 'model.safetensors', result,
-                                stage=self.settings['stage'], step=self.step,
-                                timesteps=format_steps(timesteps, 10), **metadata)
+                    os.fsync(file.fileno())  # here: it may take long, and a Ctrl-C come
+                files = [self.result]
                 if self.args.keep_every and self.step % self.args.keep_every == 0:
-                    kept = self.folder / f'model_{self.step:06d}.safetensors'
-                    replace_file(
-                        kept,
-                        lambda path: shutil.copyfile(self.folder / 'model.safetensors', path))
+                    files.insert(0, self.folder / f'model_{self.step:06d}.safetensors')
+                for file in files:
+                    save_checkpoint(file, result, stage=self.settings['stage'], step=self.step,
+                                    timesteps=format_steps(timesteps, 10), **metadata)
         self.saved = self.step
         self.process.barrier()
 

@@ -393,6 +393,25 @@ def test_a_run_goes_on_with_the_same_prompts_only(tmp_path):
 
 
 @pytest.mark.quick
+def test_a_first_save_that_is_interrupted_leaves_nothing_that_stops_the_next_run(tmp_path, monkeypatch):
+    args = reward_forcing.parse_args(["--init", "x", "--out", str(tmp_path), "--keep-every", "50"])
+    args.prompts_hash = ""
+    with wc.processes("cpu") as process:
+        wc.claim_folder(args, process)
+        run = wc.Run("test", args, process, [], net=torch.nn.Linear(2, 2))
+        run.step, real = 50, os.fsync
+        monkeypatch.setattr(os, "fsync", lambda number: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run.save({"x": torch.ones(2)}, [1000.0])
+        monkeypatch.setattr(os, "fsync", real)
+        assert not any("safetensors" in file.name or "state" in file.name for file in tmp_path.iterdir())
+        process.lock.close()
+        wc.claim_folder(args, process)
+        run.save({"x": torch.ones(2)}, [1000.0])
+        assert {"model.safetensors", "model_000050.safetensors", "state.pt"} <= {file.name for file in tmp_path.iterdir()}
+
+
+@pytest.mark.quick
 def test_a_disk_too_small_is_known_before_the_first_step(tmp_path, monkeypatch):
     args = reward_forcing.parse_args(["--init", "x", "--out", str(tmp_path)])
     model = torch.nn.Linear(1000, 1000, bias=False)  # 4 MB, and 8 of AdamW's

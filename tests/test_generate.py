@@ -224,7 +224,7 @@ BAD = [
     ([PROMPT, "--checkpoint", "CAUSAL", "--frames", 93, "--overlap", 3, "--window", 9], "--overlap goes with neither --init nor"),
     ([PROMPT, "--model", "no/such/model/here"], "no model folder"),
     ([PROMPT, "--model", "README.md"], "no model folder"),
-    ([PROMPT, "--checkpoint", "nowhere.pt"], "no checkpoint file"),
+    ([PROMPT, "--checkpoint", "nowhere.pt"], "error: no file nowhere.pt: give a file, or repository:path"),
     ([PROMPT, "--checkpoint", "README.md"], "not a weight file"),
     ([PROMPT, "--checkpoint", "tests/tiny/vae/diffusion_pytorch_model.safetensors"], "is a VAE, not generator weights"),
     ([PROMPT, "--checkpoint", "tests/tiny/reward_model/ImageReward.safetensors"], "is an ImageReward model"),

@@ -486,8 +486,8 @@ def broken(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind, words", [
-    ("missing file", "no checkpoint file"), ("folder", "no checkpoint file"), ("text", "not a weight file"),
-    ("empty", "not a weight file"), ("truncated", "damaged"), ("truncated safetensors", "damaged"),
+    ("missing file", "no file .*: give a file, or repository:path on the hub"),
+    ("folder", "no file .*: give a file, or repository:path on the hub"), ("text", "not a weight file"), ("empty", "not a weight file"), ("truncated", "damaged"), ("truncated safetensors", "damaged"),
     ("code", "objects other than tensors"), ("bare pickle", "cannot read"), ("a number", "holds no state dict"),
     ("no tensors", "holds no state dict"),
     ("other size", r"1 of another shape \(head.head.bias \(3,\) instead of \(64,\)"),
