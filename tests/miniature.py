@@ -353,17 +353,15 @@ TRADES = {'reward': '#d1541f', 'reward_exact': '#f0a070', 'reward_random': '#1f6
 
 def trades(figures):
     """Of each way of reward forcing its way: {run: [(step, reward, pixels per frame), ...]}, from ODE only on, the means
-    over the seeds that are there and the samples that all were measured on."""
+    over the seeds and the samples that every step was measured with."""
     last, ways = 200, {}
     for run in TRADES:
-        way = []
-        for step, name in [(0, 'ode'), *((step, f'{run}_{step}') for step in KEPT), (last, run)]:
-            seeds = figures.get(run, {}).get('reward', {})
-            if all(seed in figures.get(name, {}).get('reward', {}) for seed in seeds) and seeds:
-                way.append((step, *(float(torch.stack([figures[name][key][seed][:COUNT_KEPT] for seed in seeds]).mean())
-                                    for key in ('reward', 'path'))))
-        if len(way) > 1:
-            ways[run] = way
+        names = {0: 'ode', **{step: f'{run}_{step}' for step in KEPT}, last: run}
+        measured = {step: figures[name] for step, name in names.items() if 'reward' in figures.get(name, {})}
+        seeds = set.intersection(*(set(step['reward']) for step in measured.values())) if measured else set()
+        if len(measured) > 1 and seeds:
+            ways[run] = [(step, *(float(torch.stack([some[key][seed][:COUNT_KEPT] for seed in sorted(seeds)]).mean())
+                                  for key in ('reward', 'path'))) for step, some in measured.items()]
     return ways
 
 

@@ -209,7 +209,8 @@ def test_figures_are_gathered_from_the_measurements(tmp_path):
 
 def test_reward_against_motion():
     """Points of one way are of the same seeds and the same samples."""
-    figures = made_up(ode=([0.5, 0.7], 0), reward_50=([0.6, 0.8], 0), reward=([0.9, 1.1], 0), reward_exact=([0.9], 0))
+    figures = made_up(ode=([0.5, 0.7], 0), reward_50=([0.6, 0.8], 0), reward=([0.9, 1.1, 9.0], 0),
+                      reward_exact=([0.9], 0))  # seed 2 was measured after the last step alone
     assert miniature.trades(figures) == {
         "reward": [(0, pytest.approx(0.6), pytest.approx(0.6)), (50, pytest.approx(0.7), pytest.approx(0.7)),
                    (200, pytest.approx(1.0), pytest.approx(1.0))],
