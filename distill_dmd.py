@@ -417,8 +417,9 @@ def train(args, process):
         sample()  # what it starts from
     for step in run.steps():
         # critic: the fake score follows the student's distribution
-        first = step * (args.ratio + 1)  # of this step's updates; the generator's is its last
-        for update in range(first, first + args.ratio):
+        first = step * (args.ratio + 1)  # of this step's updates; the generator's is the last
+        last = first + args.ratio
+        for update in range(first, last):
             critic_loss, batches = 0, []
             for micro in range(args.accum):
                 b = draw(update, micro)
@@ -447,7 +448,6 @@ def train(args, process):
         sums = torch.zeros(3, device=device)  # size of the direction, motion, reward
         for micro in range(args.accum):
             # RAVEN trains on the rollout that the critic has just seen; the others on a new one
-            last = first + args.ratio
             b = batches[micro] if args.history == 'raven' else draw(last, micro)
             with process.sync(generator, micro == args.accum - 1):
                 x0 = student_sample(args.history, generator, b, steps, chunks,
