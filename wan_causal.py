@@ -2055,7 +2055,7 @@ def merge_lora(state, base, config=None):
     return full
 
 
-def load_checkpoint(model, name, ema=True, onto=False):
+def load_checkpoint(model, name, ema=True, onto=False, above=()):
     """Load generator weights into a DiT from any layout of the field; return the file's
     metadata (a dict of str).
 
@@ -2065,7 +2065,7 @@ def load_checkpoint(model, name, ema=True, onto=False):
     weights or alone (merged into the generator that their metadata name as `base`, else into
     the weights that the model has; the `kind` returned then says that these were not in the
     file). onto: `name` must be an adapter, and is merged into the weights that the model has,
-    whatever `base` it names.
+    whatever `base` it names. above: the adapters that lead here, each the base of the one before.
     """
     path = find_file(name)
     state, metadata = read_weights(path)
@@ -2101,9 +2101,10 @@ def load_checkpoint(model, name, ema=True, onto=False):
     if any(adapted):
         if alone and not onto:
             if 'base' in metadata:
-                if metadata['base'] == str(path):
-                    raise InputError(f'{path} names itself as the generator that it belongs to')
-                load_checkpoint(model, metadata['base'])
+                if path in above:
+                    raise InputError(f'the adapter {path} names itself as the generator that it '
+                                     'belongs to, or another adapter that does')
+                load_checkpoint(model, metadata['base'], above=(*above, path))
             else:
                 metadata = {**metadata, 'kind': 'a LoRA adapter without its generator'}
         state = merge_lora(state, model.state_dict(), adapter_config(path, metadata))

@@ -34,11 +34,11 @@ sys.path.insert(0, str(HERE))
 import tiny_world  # noqa: E402
 
 # run: (script and flags, the run whose weights it starts from, seeds without --seeds: four of what a claim compares).
-# Seed s starts from its start's seed s. {data} is the folder of the trajectories. What all share is in
-# tests/tiny/defaults.json; *_frame: chunks of one latent frame, in every stage from ode_frame on.
+# Seed s starts from its start's seed s, but from the student's 0. {data} is the folder of the trajectories. What all
+# share is in tests/tiny/defaults.json; *_frame: chunks of one latent frame, in every stage from ode_frame on.
 CAUSAL = 'distill_dmd.py --student causal --history'
 STAGES = {
-    'student': ('distill_dmd.py', None, 1),
+    'student': ('distill_dmd.py', None, 4),
     'ode': ('ode_init.py train --data {data}', 'student', 4),
     'ode_frame': ('ode_init.py train --data {data} --chunk 1', 'student', 4),
     'reward': ('reward_forcing.py --keep-every 50', 'ode', 4),
@@ -397,7 +397,8 @@ def plan(runs, names, fast, seeds):
     for name in reversed(STAGES):  # and what they start from
         if name in wanted and STAGES[name][1]:
             wanted.add(STAGES[name][1])
-    of = {name: {0} if fast or name == 'student' else set(seeds or range(STAGES[name][2])) for name in STAGES}
+    of = {name: {0} if fast else set(seeds or range(STAGES[name][2])) for name in STAGES}
+    of['student'] = {0} if names and 'student' not in names else of['student'] | {0}  # 0: the one that all start from
     for name in reversed(STAGES):  # a start has all seeds of what starts from it
         start = STAGES[name][1]
         if name in wanted and start not in (None, 'student'):
@@ -538,8 +539,8 @@ def main():
     p = argparse.ArgumentParser(description='All stages of both papers in the tiny world, one after the other.')
     p.add_argument('names', nargs='*', metavar='RUN', help=f'only these of {", ".join(STAGES)}, and what they need')
     p.add_argument('--runs', type=Path, help='the folder of all runs (default: runs/miniature, or runs/miniature_fast)')
-    p.add_argument('--seeds', type=int, nargs='+', metavar='S', help='these seeds of all but the student (default: 0 to 3 of '
-                   'what a claim compares, 0 of the rest)')
+    p.add_argument('--seeds', type=int, nargs='+', metavar='S', help='these seeds (default: 0 to 3 of what a claim compares, '
+                   '0 of the rest); every run starts from the student of seed 0')
     p.add_argument('--jobs', type=int, default=2, help='stages side by side, each on one thread')
     p.add_argument('--fast', action='store_true', help='a few steps of each stage')
     p.add_argument('--draw', type=Path, metavar='FOLDER',

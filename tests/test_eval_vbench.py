@@ -461,7 +461,11 @@ def test_missing_and_unreadable_videos(videos, networks, tmp_path):
     gone.unlink()
     code, _, err = call("score", *some, "background_consistency")
     assert code == 2 and f"1 of the 2 videos for background_consistency are missing, the first of them {gone}" in err
-    for content in (b"", b"no video", broken.read_bytes()[:2000]):
+    frames = np.random.default_rng(0).integers(0, 255, (40, 64, 64, 3), dtype=np.uint8)
+    imageio.mimwrite(tmp_path / "index first.mp4", frames, output_params=["-movflags", "+faststart"])
+    first = (tmp_path / "index first.mp4").read_bytes()
+    assert first.index(b"moov") < first.index(b"mdat") and len(ev.read_video(tmp_path / "index first.mp4")) == 40
+    for content in (b"", b"no video", broken.read_bytes()[:2000], first[:len(first) // 2]):
         broken.write_bytes(content)
         code, _, err = call("score", *some, "temporal_flickering")
         assert code == 2 and f"error: {broken} cannot be read as a video of at least two frames" in err

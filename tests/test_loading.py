@@ -478,6 +478,11 @@ def broken(tmp_path, kind):
         path = tmp_path / "bad.safetensors"
         save_file({"blocks.0.ffn.0.lora_A.weight": torch.zeros(2, 48), "blocks.0.ffn.0.lora_B.weight":
                    torch.zeros(64, 2)}, path, metadata={"base": str(path)})
+    elif kind == "each other's base":
+        for name, base in (("bad", "other"), ("other", "bad")):
+            path = tmp_path / f"{name}.safetensors"
+            save_file({"blocks.0.ffn.0.lora_A.weight": torch.zeros(2, 48), "blocks.0.ffn.0.lora_B.weight":
+                       torch.zeros(64, 2)}, path, metadata={"base": str(tmp_path / f"{base}.safetensors")})
     elif kind == "words for numbers":
         path = tmp_path / "bad.safetensors"
         save_file({"blocks.0.ffn.0.lora_A.weight": torch.zeros(2, 48), "blocks.0.ffn.0.lora_B.weight":
@@ -499,7 +504,7 @@ def broken(tmp_path, kind):
     ("a lora of no rank", "does not fit"), ("whole numbers", r"holds head.head.bias as torch.int8"),
     ("a generator and an adapter", "save each in a file of its own"), ("no pattern", "which is no regular expression"),
     ("another adapter's config", "says rank 64, but its LoRA of blocks.0.ffn.0 has 2"),
-    ("its own base", "names itself as the generator")])
+    ("its own base", "names itself as the generator"), ("each other's base", "names itself .*, or another adapter that does")])
 def test_refused_in_one_sentence_and_model_untouched(tmp_path, capsys, kind, words):
     model = random_dit(7)
     with pytest.raises(wc.InputError, match=words) as caught:

@@ -23,7 +23,7 @@ def test_every_command_of_the_plan_is_accepted_by_its_script(tmp_path):
     assert starts["reward-3"] == "ode-3" and starts["ode-3"] == "student-0" and "teacher_forcing-1" not in starts
     assert starts["raven_cm-2"] == "raven_frame-2" and starts["raven_frame-2"] == "ode_frame-2"
     for *_, left, right, _, _, _ in miniature.CLAIMS:  # at least four seeds of what a claim compares
-        assert all(f"{run}-3" in jobs for run in (left, right) if run != "student")
+        assert f"{left}-3" in jobs and f"{right}-3" in jobs
 
 
 def test_seeds_of_a_start(tmp_path):
@@ -36,6 +36,8 @@ def test_seeds_of_a_start(tmp_path):
                                                            "raven_cm-2"]
     assert {name: other[name] for name in other if "2" in name} == {
         name: job for name, job in miniature.plan(tmp_path, ["raven_cm"], False, [1, 2, 3]).items() if "-2" in name}
+    everything = [name for name in miniature.plan(tmp_path, [], False, [6]) if name.startswith(("student", "ode-"))]
+    assert everything[:2] == ["student-0", "student-0 compare"] and {"student-6", "ode-6"} <= set(everything)
 
 
 def test_a_run_comes_after_what_it_starts_from(tmp_path):
