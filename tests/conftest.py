@@ -1,4 +1,5 @@
 """Shared by the tests: the reference tensors, small random models, and running scripts as a user does."""
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -101,6 +102,7 @@ def be_script(args, environment, out, err, limits, folder):
     for stream, file in ((sys.stdout, out), (sys.stderr, err)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream.fileno())
         stream.reconfigure(line_buffering=True)
+    faulthandler.enable()  # a crash in a library says where
     os.environ.clear()
     os.environ.update(environment)
     args[0] = str(ROOT / args[0])
