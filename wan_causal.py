@@ -2417,12 +2417,19 @@ class Process:
 
     def whole(self, state):
         """Tensors nested in any way. What is sharded is gathered into rank 0's CPU memory, one
-        tensor after the other (elsewhere: None); all processes have to call it."""
+        tensor after the other (elsewhere: None); all processes have to call it.
+
+        Not by full_tensor: the operation behind it has a race in gloo (torch 2.13) that now and
+        then ends a process."""
         def gathered(x):
             if not is_sharded(x):
                 return x
-            x = x.full_tensor()
-            return x.cpu() if self.rank == 0 else None
+            share = x.to_local()
+            rows = -(-len(x) // self.world)  # the last processes may have fewer, or none
+            padded = share.new_zeros(rows, *x.shape[1:])
+            padded[:len(share)] = share
+            every = self.gather(padded).flatten(0, 1)[:len(x)]
+            return every.cpu().clone() if self.rank == 0 else None  # without the padding
         return tree_map(gathered, state)
 
     def sync(self, model, now):

@@ -53,6 +53,28 @@ def test_a_sharded_run_goes_on_with_another_number_of_processes(stage, tmp_path)
     assert all(type(x) is torch.Tensor for x in state["ema"].values())  # whole, for any reader
 
 
+def test_shares_come_together_whatever_their_sizes(tmp_path):
+    """Also where some processes have fewer rows, or none; and what is kept holds nothing besides."""
+    (tmp_path / "shares.py").write_text(
+        "import torch, wan_causal as wc\n"
+        "from torch.distributed.device_mesh import init_device_mesh\n"
+        "from torch.distributed.tensor import Shard, distribute_tensor\n"
+        "def main():\n"
+        "    with wc.processes('cpu', shard=True) as process:\n"
+        "        mesh = init_device_mesh('cpu', (3,))\n"
+        "        for n in (1, 2, 3, 4, 5, 7):\n"
+        "            x = torch.arange(2.0 * n).view(n, 2)\n"
+        "            y = process.whole({'a': [distribute_tensor(x, mesh, [Shard(0)]), 'other']})['a']\n"
+        "            assert y[1] == 'other'\n"
+        "            if process.rank:\n"
+        "                assert y[0] is None\n"
+        "            else:\n"
+        "                assert torch.equal(y[0], x) and y[0].untyped_storage().nbytes() == x.nbytes\n"
+        "wc.run_script(main)\n")
+    done = ranks(3, tmp_path / "shares.py", env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+
+
 def test_two_machines_equal_one_process(tmp_path):
     """torchrun --nnodes 2, both machines being this one: one process each, sharded."""
     args = ["reward_forcing.py", *SMALL, "--init", TINY / "ode.safetensors", "--steps", 2]
