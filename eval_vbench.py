@@ -42,8 +42,8 @@ import unicodedata
 from pathlib import Path
 
 from wan_causal import (CLIP_MEAN, CLIP_STD, InputError, Parser, aesthetic_head,
-                        check_writable, find_file, first_line, load_clip, model_defaults,
-                        number, pretrained, processes, read_json, read_lines, refuse_unused,
+                        check_writable, find_file, in_words, load_clip, model_defaults, number,
+                        pretrained, processes, read_json, read_lines, refuse_unused,
                         replace_file, require_ffmpeg, run_script, tiny_model, whole)
 
 import imageio
@@ -134,7 +134,7 @@ def aggregate(scores):
                                  for name, low, high, w in rows) / sum(w for *_, w in rows))
         else:
             result[group] = None
-    whole = result['quality'] is not None and result['semantic'] is not None
+    whole = not result['missing']
     result['total'] = (4 * result['quality'] + result['semantic']) / 5 if whole else None
     return result
 
@@ -529,17 +529,12 @@ def is_cut_off(path):
 
 def read_video(path):
     """(T, 3, H, W) uint8."""
-    try:
+    with in_words(f'{path} cannot be read as a video of at least two frames', 'make it again'):
         if is_cut_off(path):
             raise ValueError('cut off')
         frames = np.stack([frame[..., :3] for frame in imageio.v3.imiter(path)])
         if frames.ndim != 4 or len(frames) < 2:
             raise ValueError('fewer than two frames')
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise InputError(f'{path} cannot be read as a video of at least two frames '
-                         f'({first_line(error)}): make it again') from error
     return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
 

@@ -30,8 +30,8 @@ from pathlib import Path
 
 from wan_causal import (MAX_POSITION, NEGATIVE_PROMPT, PIXELS, VIDEO, InputError, Parser,
                         check_text, check_video, check_writable, chunk_sizes, compute_dtype,
-                        counted, file_name, find_folder, first_line, format_steps, frames_in,
-                        gaussian, guided_velocity, latent_frames, load_checkpoint, load_dit,
+                        counted, file_name, find_folder, format_steps, frames_in, gaussian,
+                        guided_velocity, in_words, latent_frames, load_checkpoint, load_dit,
                         load_text_encoder, load_vae, machine_flags, model_defaults, number,
                         parse_stage, processes, read_lines, refuse_unused, replacing, require,
                         require_ffmpeg, rollout, rope_table, run_script, saved_number,
@@ -159,7 +159,8 @@ def read_jobs(args):
         if args.prompt or args.prompt_file:
             raise InputError('give prompts or --jobs, not both')
         lines = read_lines(args.jobs)
-        try:
+        with in_words(f'{args.jobs} must hold lines such as {{"prompt": "a cat", "seed": 0, '
+                      '"out": "cat.mp4"}'):
             rows = [json.loads(line) for line in lines]
             for row in rows:
                 if set(row) != {'prompt', 'seed', 'out'}:
@@ -171,9 +172,6 @@ def read_jobs(args):
             if not all(path.suffix.lower() == '.mp4' and '\0' not in str(path) and
                        os.fsencode(path) for *_, path in jobs):
                 raise ValueError('"out" names no .mp4 file')
-        except (ValueError, TypeError) as error:
-            raise InputError(f'{args.jobs} must hold lines such as {{"prompt": "a cat", '
-                             f'"seed": 0, "out": "cat.mp4"}}: {error!r}') from error
     else:
         prompts = args.prompt + (read_lines(args.prompt_file) if args.prompt_file else [])
         suffix = Path(args.out).suffix.lower()
@@ -184,10 +182,9 @@ def read_jobs(args):
         if file and len(prompts) > 1:
             raise InputError(f'--out {args.out} is one file, but there are {len(prompts)} '
                              'prompts: give a folder')
-        words = [file_name(prompt) for prompt in prompts]
-        jobs = [(prompt, seed,
-                 Path(args.out) if file else Path(args.out) / f'{word}-{seed}.mp4')
-                for seed, (prompt, word) in enumerate(zip(prompts, words), args.seed)]
+        jobs = [(prompt, seed, Path(args.out) if file else
+                 Path(args.out) / f'{file_name(prompt)}-{seed}.mp4')
+                for seed, prompt in enumerate(prompts, args.seed)]
     if any(abs(seed) >= 1 << 63 for _, seed, _ in jobs):
         raise InputError('a seed must be a whole number of at most 63 bits')
     if not jobs or not all(prompt.strip() for prompt, *_ in jobs):
@@ -217,13 +214,9 @@ def read_frames(file, height, width, limit):
     """
     if not Path(file).is_file():
         raise InputError(f'no file {file} to start from')
-    try:
+    with in_words(f'{file} cannot be read as an image or a video'):
         frames = [cover(picture, height, width)
                   for picture in itertools.islice(pictures(file), limit)]
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f'{file} cannot be read as an image or a video') from error
     if len(frames) == limit:
         raise InputError(f'--init {file} already has {limit} frames or more: --frames {limit} '
                          'must be more')
@@ -356,11 +349,9 @@ def compile_for_inference(model, vae):
     """Compile the DiT's blocks around their attention, and on CUDA the decoder (a minute or
     two, once); there the DiT's forwards are also recorded, see `Graphed`. Returns the model to
     use. InputError if torch cannot compile here."""
-    try:
+    with in_words('torch cannot compile on this machine',
+                  'install a C++ compiler, or leave --compile away'):
         torch.compile(torch.neg)(model.head.modulation)
-    except Exception as error:
-        raise InputError(f'torch cannot compile on this machine ({first_line(error)}): install '
-                         'a C++ compiler, or leave --compile away') from error
     # past the limit of 8 shapes nothing would be compiled
     torch._dynamo.config.recompile_limit = 64
     for block in model.blocks:

@@ -1341,9 +1341,6 @@ class TextEncoder:
 # ----------------------------------------------------------------------------------------
 # ImageReward on transformers' BLIP modules; keys as in ImageReward.pt
 
-REWARD_SIZES = dict(image_size=224, patch_size=16, vision_dim=1024, vision_layers=24,
-                    vision_heads=16, text_dim=768, text_layers=12, text_heads=12, text_ffn=3072,
-                    vocab_size=30524)
 CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
 
 
@@ -1367,43 +1364,33 @@ class ImageReward(nn.Module):
     """ImageReward (arXiv 2304.05977): BLIP's image encoder, BERT with cross-attention to it,
     and a linear head.
 
-    sizes: see REWARD_SIZES; `mean` and `std` standardise the head's output (defaults:
-    ImageReward v1.0's). The published scores are standardised so too: about 0 is average, and
-    most images lie between -2 and 2.
+    Defaults: ImageReward v1.0's. `mean` and `std` standardise the head's output; the published
+    scores are standardised so too: about 0 is average, and most images lie between -2 and 2.
     """
     text_len = 35  # tokens of a prompt
 
-    def __init__(self, tokenizer=None, mean=0.16717362830052426, std=1.0333394966054072,
-                 **sizes):
+    def __init__(self, tokenizer=None, mean=0.16717362830052426, std=1.0333394966054072, *,
+                 image_size=224, patch_size=16, vision_dim=1024, vision_layers=24,
+                 vision_heads=16, text_dim=768, text_layers=12, text_heads=12, text_ffn=3072,
+                 vocab_size=30524):
         from transformers import BlipVisionConfig, BlipVisionModel
         from transformers.models.blip.configuration_blip import BlipTextConfig
         from transformers.models.blip.modeling_blip_text import BlipTextModel
         super().__init__()
-        s = {**REWARD_SIZES, **sizes}
-        self.image_size, self.tokenizer = s['image_size'], tokenizer
+        self.image_size, self.tokenizer = image_size, tokenizer
         self.mean, self.std = mean, std
-        self.vision = BlipVisionModel(
-            BlipVisionConfig(hidden_size=s['vision_dim'], intermediate_size=4 * s['vision_dim'],
-                             num_hidden_layers=s['vision_layers'],
-                             num_attention_heads=s['vision_heads'], image_size=s['image_size'],
-                             patch_size=s['patch_size'], hidden_act='gelu',
-                             layer_norm_eps=1e-6))
-        self.text = BlipTextModel(
-            BlipTextConfig(
-                vocab_size=s['vocab_size'],
-                hidden_size=s['text_dim'],
-                encoder_hidden_size=s['vision_dim'],
-                intermediate_size=s['text_ffn'],
-                num_hidden_layers=s['text_layers'],
-                num_attention_heads=s['text_heads'],
-                max_position_embeddings=512,
-                layer_norm_eps=1e-12,
-                is_decoder=True,  # only builds the cross-attention
-                bos_token_id=None,
-                eos_token_id=None,
-                sep_token_id=None),
-            add_pooling_layer=False)
-        widths = [s['text_dim'], 1024, 128, 64, 16, 1]
+        self.vision = BlipVisionModel(BlipVisionConfig(
+            hidden_size=vision_dim, intermediate_size=4 * vision_dim,
+            num_hidden_layers=vision_layers, num_attention_heads=vision_heads,
+            image_size=image_size, patch_size=patch_size, hidden_act='gelu',
+            layer_norm_eps=1e-6))
+        self.text = BlipTextModel(BlipTextConfig(
+            hidden_size=text_dim, intermediate_size=text_ffn, num_hidden_layers=text_layers,
+            num_attention_heads=text_heads, vocab_size=vocab_size,
+            encoder_hidden_size=vision_dim, max_position_embeddings=512, layer_norm_eps=1e-12,
+            is_decoder=True,  # only builds the cross-attention
+            bos_token_id=None, eos_token_id=None, sep_token_id=None), add_pooling_layer=False)
+        widths = [text_dim, 1024, 128, 64, 16, 1]
         linears = [nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:])]
         # no activation between them; the dropouts (0.2, 0.2, 0.1) hold the published key
         # numbers
@@ -1463,11 +1450,9 @@ def checked_reward(reward, video, prompts):
     is needed, a list or NumPy's numbers do as well."""
     rewards, name = reward(video, prompts), getattr(reward, '__name__', type(reward).__name__)
     if not torch.is_tensor(rewards):
-        try:
+        with in_words(f'the reward {name} returned {type(rewards).__name__}, not a number for '
+                      f'each of {len(prompts)} prompts'):
             rewards = torch.tensor(np.asarray(rewards, dtype=np.float32), device=video.device)
-        except (TypeError, ValueError) as error:
-            raise InputError(f'the reward {name} returned {type(rewards).__name__}, not a '
-                             f'number for each of {len(prompts)} prompts') from error
     if tuple(rewards.shape) != (len(prompts),):
         raise InputError(f'the reward {name} returned shape {tuple(rewards.shape)} for a video '
                          f'{tuple(video.shape)} and {len(prompts)} prompts: it must be '
@@ -1508,16 +1493,16 @@ def load_function(name, flag, known):
 # checkpoint in the wild
 
 @contextlib.contextmanager
-def loading(what):
-    """Around the few lines that take a file of another project apart, or hand it to its
-    package: whatever it lacks, or holds instead, becomes one sentence that names it."""
+def in_words(what, advice=''):
+    """Around the few lines that take a user's file apart, or hand it to its package: whatever
+    it lacks, or holds instead, becomes one sentence, '{what} ({why}): {advice}'."""
     try:
         yield
     except (InputError, MemoryError, torch.OutOfMemoryError, ImportError):
         raise  # a sentence already, or the machine's
     except Exception as error:
         why = f'{type(error).__name__}: {first_line(error)}'
-        raise InputError(f'cannot load {what} ({why})') from error
+        raise InputError(f'{what} ({why})' + (f': {advice}' if advice else '')) from error
 
 
 def pretrained(kind, name, dtype=torch.float32, **kwargs):
@@ -1526,7 +1511,7 @@ def pretrained(kind, name, dtype=torch.float32, **kwargs):
     from transformers.utils import logging
     # its "Loading weights" would be the first line that a user sees
     logging.disable_progress_bar()
-    with loading(f'the {kind.__name__} of {name}'):
+    with in_words(f'cannot load the {kind.__name__} of {name}'):
         model, info = kind.from_pretrained(name, output_loading_info=True, dtype=dtype,
                                            **kwargs)
     if info['missing_keys']:
@@ -1538,7 +1523,7 @@ def pretrained(kind, name, dtype=torch.float32, **kwargs):
 def load_tokenizer(name, kind='AutoTokenizer'):
     """A tokenizer of transformers from a folder or hub repository."""
     import transformers
-    with loading(f'the tokenizer of {name}'):
+    with in_words(f'cannot load the tokenizer of {name}'):
         return getattr(transformers, kind).from_pretrained(name)
 
 
@@ -1648,6 +1633,8 @@ def read_weights(path):
         mapped = start[:2] == b'PK' and path.suffix != '.safetensors'
         source = path if mapped else io.BytesIO(path.read_bytes())
         return torch.load(source, map_location='cpu', weights_only=True, mmap=mapped), {}
+    except MemoryError:
+        raise  # not the file's fault
     except Exception as error:
         reason = 'it is damaged, truncated or not a weight file'
         if 'Unsupported global' in str(error):  # weights_only has refused a class or function
@@ -1675,7 +1662,7 @@ def read_folder(folder):
     index = folder / 'diffusion_pytorch_model.safetensors.index.json'
     files = [folder / 'diffusion_pytorch_model.safetensors']
     if index.exists():
-        with loading(index):
+        with in_words(f'cannot load {index}'):
             names = sorted(set(read_json(index)['weight_map'].values()))
             files = [folder / name for name in names]
     return {key: tensor for file in files for key, tensor in read_state(file)[0].items()}
@@ -1698,10 +1685,8 @@ def read_text(path):
 def read_json(path, kind=None):
     """A JSON file; kind: what its top level must be, such as dict."""
     text = read_text(path)
-    try:
+    with in_words(f'cannot read {path} as JSON'):
         content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f'cannot read {path} as JSON: {error}') from error
     if kind and not isinstance(content, kind):
         what = {dict: 'an object {"name": value}', list: 'a list'}[kind]
         raise InputError(f'{path} must hold {what}, not {json.dumps(content)[:40]}')
@@ -1748,11 +1733,8 @@ def find_file(name):
 
 def from_hub(what, download, *args, **kwargs):
     """The path of a download; whatever goes wrong becomes one sentence that begins with `what`."""
-    try:
+    with in_words(f'{what}, and the hub did not give it'):
         return Path(download(*args, **kwargs))
-    except Exception as error:
-        raise InputError(f'{what}, and the hub did not give it ({type(error).__name__}: '
-                         f'{first_line(error)})') from error
 
 
 def load_exactly(model, state, source):
@@ -1791,10 +1773,10 @@ def load_config(folder):
             raise InputError(f'{folder} is a {raw["model_type"]} model: only text-to-video '
                              '(t2v) models are supported')
         known = {f.name for f in dataclasses.fields(WanConfig)}
-        with loading(folder / 'config.json'):
+        with in_words(f'cannot load {folder}/config.json'):
             return WanConfig(**{key: value for key, value in raw.items() if key in known})
     index = read_json(folder / 'model_index.json', dict)
-    with loading(folder / 'model_index.json'):
+    with in_words(f'cannot load {folder}/model_index.json'):
         if index.get('boundary_ratio') or any(index.get('transformer_2') or ()):
             raise InputError(f'{folder} has two experts (transformer_2, boundary_ratio): Wan '
                              '2.2 is not supported')
@@ -1802,7 +1784,7 @@ def load_config(folder):
     if raw.get('image_dim') or raw.get('added_kv_proj_dim'):
         raise InputError(f'{folder} is an image-to-video model: only text-to-video models are '
                          'supported')
-    with loading(folder / 'transformer/config.json'):
+    with in_words(f'cannot load {folder}/transformer/config.json'):
         return WanConfig(dim=raw['num_attention_heads'] * raw['attention_head_dim'],
                          ffn_dim=raw['ffn_dim'], num_heads=raw['num_attention_heads'],
                          num_layers=raw['num_layers'], freq_dim=raw['freq_dim'],
@@ -1815,7 +1797,7 @@ def load_dit(name, dtype=torch.float32, device='cpu'):
     """The DiT of a model folder or hub repository."""
     folder = find_folder(name, DIT_FILES)
     config = load_config(folder)
-    with torch.device('meta'), loading(f'the config of {folder}'):
+    with torch.device('meta'), in_words(f'cannot load the config of {folder}'):
         model = WanModel(config)
     state = read_folder(folder / 'transformer' if is_diffusers(folder) else folder)
     return load_exactly(model, native_keys(state, model.state_dict()), folder).to(device, dtype)
@@ -1830,7 +1812,7 @@ def load_vae(name, dtype=torch.float32, device='cpu', **sizes):
         if raw.get('is_residual') or raw.get('patch_size'):
             raise InputError(f'{folder}/vae has the Wan 2.2 layout: only the Wan 2.1 VAE is '
                              'supported')
-        with loading(folder / 'vae/config.json'):
+        with in_words(f'cannot load {folder}/vae/config.json'):
             vae = WanVAE(dim=raw['base_dim'], z_dim=raw['z_dim'], dim_mult=raw['dim_mult'],
                          num_res_blocks=raw['num_res_blocks'],
                          temporal_downsample=raw['temperal_downsample'],
@@ -1885,7 +1867,7 @@ def load_image_reward(name, device='cpu'):
     state, metadata = read_state(file)
     words = folder / 'tokenizer'
     tokenizer = load_tokenizer(words if words.is_dir() else 'bert-base-uncased')
-    with loading(file):
+    with in_words(f'cannot load {file}'):
         model = ImageReward(tokenizer, **json.loads(metadata.get('config', '{}')))
     names = {ImageReward.published_key(key): key for key in model.state_dict()}
     unused = ('blip.vision_proj.', 'blip.text_proj.',
@@ -1898,7 +1880,7 @@ def load_image_reward(name, device='cpu'):
 # A tensor of an adapter: its module, and which part it is.
 ADAPTER = re.compile(r'(.+?)\.((?:lora_|dora_|hada_|lokr_|oft_|alpha$|diff$|diff_[bm]$).*)')
 # what wrappers of training put into a name, and what projects put before it
-INSIDE = ('_fsdp_wrapped_module.', '_checkpoint_wrapped_module.', '_orig_mod.', '.base_layer')
+INSIDE = re.compile(r'_(fsdp_wrapped_module|checkpoint_wrapped_module|orig_mod)\.|\.base_layer')
 BEFORE = re.compile(r'^((base_model\.model|diffusion_model|transformer|model|net|module)\.'
                     r'|lora_unet_)+')
 
@@ -1922,9 +1904,7 @@ def native_keys(state, expected):
     out = {}
     for key, value in state.items():
         theirs = key
-        for wrapper in INSIDE:
-            key = key.replace(wrapper, '')
-        key = BEFORE.sub('', key)
+        key = BEFORE.sub('', INSIDE.sub('', key))
         if besides.fullmatch(key):
             continue
         if adapter := ADAPTER.fullmatch(key):
@@ -1965,7 +1945,7 @@ def adapter_config(path, metadata):
     beside = path.parent / 'adapter_config.json'
     config = read_json(beside, dict) if beside.is_file() else {}
     if 'lora_adapter_metadata' in metadata:
-        with loading(path):
+        with in_words(f'cannot load {path}'):
             config = {key.removeprefix('transformer.'): value
                       for key, value in json.loads(metadata['lora_adapter_metadata']).items()}
     if 'lora_alpha' in metadata:
@@ -1998,11 +1978,9 @@ def merge_lora(state, base, config=None):
 
     def named(pattern, module):  # as PEFT has it, of the module's name in any layout
         names = module, dit_diffusers_key(f'{module}.weight').removesuffix('.weight')
-        try:
+        with in_words(f'the adapter\'s alpha_pattern names {pattern}, which is no regular '
+                      'expression'):
             pattern = re.compile(rf'(.*\.)?({BEFORE.sub("", pattern)})$')
-        except re.error as error:
-            raise InputError(f'the adapter\'s alpha_pattern names {pattern}, which is no '
-                             f'regular expression ({error})') from error
         return any(map(pattern.match, names))
     for key, value in state.items():
         if adapter := ADAPTER.fullmatch(key):
@@ -2036,11 +2014,8 @@ def merge_lora(state, base, config=None):
             if alpha is None:  # the module's own comes before its pattern's and the config's
                 alpha = next((a for p, a in patterns.items() if named(p, module)),
                              config.get('lora_alpha', len(A)))
-            try:
+            with in_words(f'the adapter\'s alpha of {module} is {alpha}, which is no number'):
                 scale = float(alpha) / (len(A) ** 0.5 if config.get('use_rslora') else len(A))
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise InputError(f'the adapter\'s alpha of {module} is {alpha}, which is no '
-                                 'number') from error
             updates += [('weight', scale * (B.float() @ A.float())),
                         ('bias', None if bias is None else scale * bias.float())]
         for name, update in updates:
@@ -2082,24 +2057,22 @@ def load_checkpoint(model, name, ema=True, onto=False, above=()):
         raise InputError(f'{path} holds no state dict: expected tensors, or one of '
                          f'{", ".join(wrappers)}')
     # files that are often taken for a generator's
-    for sign, what in (('blip.', 'an ImageReward model'), ('encoder.downsamples.', 'a VAE'),
-                       ('encoder.down_blocks.', 'a VAE'),
-                       ('token_embedding.', 'a text encoder'),
-                       ('encoder.block.', 'a text encoder'),
-                       ('trajectory', 'ODE trajectories')):
-        if any(key.startswith(sign) for key in state):
+    for signs, what in (('blip.', 'an ImageReward model'),
+                        (('encoder.downsamples.', 'encoder.down_blocks.'), 'a VAE'),
+                        (('token_embedding.', 'encoder.block.'), 'a text encoder'),
+                        ('trajectory', 'ODE trajectories')):
+        if any(key.startswith(signs) for key in state):
             raise InputError(f'{path} is {what}, not generator weights')
     state = native_keys(state, model.state_dict())
-    adapted = [bool(ADAPTER.fullmatch(key)) for key in state]
-    alone = all(adapted)
-    if onto and not alone:
-        other = next(key for key, is_part in zip(state, adapted) if not is_part)
-        why = f'beside its parts it has {other}'
-        if not any(adapted):
-            why = 'a whole generator goes to --checkpoint'
+    others = [key for key in state if not ADAPTER.fullmatch(key)]  # what no adapter has
+    adapted = len(others) < len(state)
+    if onto and others:
+        why = 'a whole generator goes to --checkpoint'
+        if adapted:
+            why = f'beside its parts it has {others[0]}'
         raise InputError(f'{path} is no LoRA adapter: {why}')
-    if any(adapted):
-        if alone and not onto:
+    if adapted:
+        if not others and not onto:
             if 'base' in metadata:
                 if path in above:
                     raise InputError(f'the adapter {path} names itself as the generator that it '
@@ -2124,10 +2097,8 @@ def save_checkpoint(path, state, **metadata):
     Weights that are not finite: InputError.
     """
     check_finite(state, f'the weights for {path} are not finite; try a lower --lr')
-    text = {}
-    for key, value in metadata.items():
-        plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
-        text[key] = plain if isinstance(plain, str) else json.dumps(plain)
+    text = {key: value if isinstance(value, str) else
+            json.dumps(value, default=dataclasses.asdict) for key, value in metadata.items()}
     replace_file(Path(path), lambda temporary: write_tensors(temporary, state, text))
 
 
@@ -2229,10 +2200,8 @@ VIDEO = dict(macro_block_size=2, output_params=[
 def require_ffmpeg():
     """A machine without ffmpeg is known before any model is loaded, not at the first video."""
     from imageio.plugins import ffmpeg
-    try:
+    with in_words('videos cannot be written'):
         subprocess.run([ffmpeg.get_exe(), '-version'], capture_output=True, check=True)
-    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
-        raise InputError(f'videos cannot be written: {first_line(error)}') from error
 
 
 def frames_in(path):
@@ -2310,7 +2279,8 @@ class Trajectories:
         from safetensors import safe_open
         self.where, self.files, self.settings, shape = [], {}, None, None
         for path in sorted(Path(folder).glob('trajectories_*.safetensors')):
-            try:
+            with in_words(f'{path} is not a shard of trajectories, or is damaged',
+                          'delete it, then run ode_init.py sample again'):
                 file = self.files[path] = safe_open(path, 'pt')
                 settings, prompts = (json.loads(file.metadata()[key])
                                      for key in ('settings', 'prompts'))
@@ -2321,9 +2291,6 @@ class Trajectories:
                 states = len(settings['timesteps']) + 1
                 if (count, of_one, of_one[0]) != (len(prompts), shape, states):
                     raise ValueError('of another shape')
-            except Exception as error:
-                raise InputError(f'{path} is not a shard of trajectories, or is damaged: '
-                                 'delete it, then run ode_init.py sample again') from error
             if settings != (self.settings or settings):
                 raise InputError(f'{path} was sampled with other settings than the shards '
                                  'before it: use one folder for each setting')
@@ -2517,13 +2484,10 @@ def processes(device=None, shard=False):
         # hold the group, whose threads would then outlive it and could abort the interpreter's
         # exit.
         importlib.import_module('torch.distributed.nn')
-        try:
+        with in_words(f'{world} processes were to meet at {given["MASTER_ADDR"]}:'
+                      f'{given["MASTER_PORT"]}, as WORLD_SIZE says, and did not',
+                      'start them all, or unset WORLD_SIZE'):
             store, *_ = next(torch.distributed.rendezvous('env://', timeout=MEETING))
-        except RuntimeError as error:
-            raise InputError(f'{world} processes were to meet at {given["MASTER_ADDR"]}:'
-                             f'{given["MASTER_PORT"]}, as WORLD_SIZE says, and did not '
-                             f'({first_line(error)}): start them all, or unset WORLD_SIZE'
-                             ) from error
         store.set_timeout(PATIENCE)
         torch.distributed.init_process_group('nccl' if device.type == 'cuda' else 'gloo',
                                              store=store, rank=rank, world_size=world,
@@ -3069,17 +3033,16 @@ class Run:
         need = 0  # bytes
         for part in self.parts.values():
             if isinstance(part, torch.optim.Optimizer):  # two moments of each weight
-                weights = [p for group in part.param_groups for p in group['params']]
-                need += 2 * sum(p.numel() * p.element_size() for p in weights)
+                need += 2 * sum(p.nbytes for group in part.param_groups for p in group['params'])
             else:
-                need += sum(x.numel() * x.element_size() for x in part.state_dict().values())
+                need += sum(x.nbytes for x in part.state_dict().values())
         self.folder.mkdir(parents=True, exist_ok=True)
         require_space(self.folder, need, 'a state to resume from takes')
 
     def load(self):
         """Take everything back to the saved step."""
         saved = read_weights(self.state)[0]
-        try:
+        with in_words(f'{self.state} does not hold the state of this run', 'give another --out'):
             for key, value in self.settings.items():
                 if (old := saved['settings'].get(key)) != value:
                     raise InputError(f'{self.folder} was begun with {key} = {old}, not '
@@ -3088,24 +3051,15 @@ class Run:
             for name, part in self.parts.items():
                 part.load_state_dict(cut_like(saved['parts'][name], part))
             self.step = self.saved = int(saved['step'])
-        except InputError:
-            raise
-        except Exception as error:  # whatever the file holds instead
-            raise InputError(f'{self.state} does not hold the state of this run '
-                             f'({type(error).__name__}: {first_line(error)}): give another '
-                             '--out') from error
 
     def logged(self):
         """The log up to the saved step, a line for each; those after it are to come again."""
         if not self.step or not self.log.exists():
             return ''
-        try:
+        with in_words(f'{self.log} is not a line of JSON for each step',
+                      'mend it, or delete it to go on without those steps'):
             lines = self.log.read_text().splitlines()[:self.step]
             return ''.join(line + '\n' for line in lines if json.loads(line)['step'] <= self.step)
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f'{self.log} is not a line of JSON for each step '
-                             f'({first_line(error)}): mend it, or delete it to go on without '
-                             'those steps') from error
 
     def steps(self):
         """The steps to do, from 0 on. While one is under way, self.step is its number from 1

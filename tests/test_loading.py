@@ -518,6 +518,16 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
         wc.load_checkpoint(random_dit(7), broken(tmp_path, "not finite"))
 
 
+def test_a_file_too_large_for_the_memory_is_not_called_damaged(tmp_path, monkeypatch):
+    torch.save({"a": torch.ones(1)}, tmp_path / "x.pt")
+
+    def too_large(*args, **kwargs):
+        raise MemoryError
+    monkeypatch.setattr(torch, "load", too_large)
+    with pytest.raises(MemoryError):
+        wc.read_weights(tmp_path / "x.pt")
+
+
 def test_json_too_deep_and_prompts_that_are_no_text(tmp_path):
     (tmp_path / "x.json").write_text("[" * 200_000)
     with pytest.raises(wc.InputError, match="cannot read .*x.json as JSON"):
