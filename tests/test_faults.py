@@ -260,9 +260,9 @@ def test_ctrl_c_while_importing(script, tmp_path):
 
 def test_without_ffmpeg(tmp_path):
     done = run("generate.py", PROMPT, "--frames", 5, "--out", tmp_path, env={"IMAGEIO_FFMPEG_EXE": "/no/ffmpeg"})
-    assert "videos cannot be written: " in error_of(done) and not any(tmp_path.iterdir())
+    assert "videos cannot be written (FileNotFoundError: " in error_of(done) and not any(tmp_path.iterdir())
     done = run("reward_forcing.py", "--out", tmp_path / "run", env={"IMAGEIO_FFMPEG_EXE": "/no/ffmpeg"})
-    assert "videos cannot be written: " in error_of(done) and not any(tmp_path.iterdir())  # before any model is loaded
+    assert "videos cannot be written (FileNotFoundError: " in error_of(done) and not any(tmp_path.iterdir())  # before any model is loaded
 
 
 def test_a_closed_pipe(tmp_path):
