@@ -1494,8 +1494,9 @@ def load_function(name, flag, known):
 
 @contextlib.contextmanager
 def in_words(what, advice=''):
-    """Around the few lines that take a user's file apart, or hand it to its package: whatever
-    it lacks, or holds instead, becomes one sentence, '{what} ({why}): {advice}'."""
+    """Around the few lines that use what the user or the machine gave: a file of another
+    project, a package, a compiler. What goes wrong there becomes one sentence, '{what} ({why}):
+    {advice}'."""
     try:
         yield
     except (InputError, MemoryError, torch.OutOfMemoryError, ImportError):
@@ -1633,9 +1634,9 @@ def read_weights(path):
         mapped = start[:2] == b'PK' and path.suffix != '.safetensors'
         source = path if mapped else io.BytesIO(path.read_bytes())
         return torch.load(source, map_location='cpu', weights_only=True, mmap=mapped), {}
-    except MemoryError:
-        raise  # not the file's fault
     except Exception as error:
+        if isinstance(error, MemoryError) or 'allocate memory' in str(error):
+            raise MemoryError(f'for {path}') from error  # which is not the file's fault
         reason = 'it is damaged, truncated or not a weight file'
         if 'Unsupported global' in str(error):  # weights_only has refused a class or function
             reason = 'it holds objects other than tensors, which could run code'
@@ -1733,8 +1734,11 @@ def find_file(name):
 
 def from_hub(what, download, *args, **kwargs):
     """The path of a download; whatever goes wrong becomes one sentence that begins with `what`."""
-    with in_words(f'{what}, and the hub did not give it'):
+    try:
         return Path(download(*args, **kwargs))
+    except Exception as error:  # a package for its proxy that is not there, too
+        raise InputError(f'{what}, and the hub did not give it ({type(error).__name__}: '
+                         f'{first_line(error)})') from error
 
 
 def load_exactly(model, state, source):
