@@ -42,8 +42,8 @@ import unicodedata
 from pathlib import Path
 
 from wan_causal import (CLIP_MEAN, CLIP_STD, InputError, Parser, aesthetic_head,
-                        check_writable, find_file, in_words, load_clip, model_defaults, number,
-                        pretrained, processes, read_json, read_lines, refuse_unused,
+                        check_writable, find_file, in_words, is_cut_off, load_clip, model_defaults,
+                        number, pretrained, processes, read_json, read_lines, refuse_unused,
                         replace_file, require_ffmpeg, run_script, tiny_model, whole)
 
 import imageio
@@ -508,24 +508,6 @@ def sample(args):
 
 # ----------------------------------------------------------------------------------------
 # score
-
-def is_cut_off(path):
-    """Whether an MP4 file ends before the last of its boxes does, each of which begins with its
-    size. ffmpeg reads such a file without a word, as a shorter video, where the index comes
-    first (faststart)."""
-    end, size = 0, path.stat().st_size
-    with open(path, 'rb') as file:
-        while end < size:
-            file.seek(end)
-            head = file.read(16)
-            if end == 0 and head[4:8] != b'ftyp':
-                return False  # another format
-            # 1: the size, being large, comes after the name; 0: up to the end of the file
-            box = int.from_bytes(head[:4], 'big')
-            box = int.from_bytes(head[8:], 'big') if box == 1 else box or size - end
-            end += max(box, 8)
-    return end > size
-
 
 def read_video(path):
     """(T, 3, H, W) uint8."""

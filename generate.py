@@ -31,10 +31,10 @@ from pathlib import Path
 from wan_causal import (MAX_POSITION, NEGATIVE_PROMPT, PIXELS, VIDEO, InputError, Parser,
                         check_text, check_video, check_writable, chunk_sizes, compute_dtype,
                         counted, file_name, find_folder, format_steps, frames_in, gaussian,
-                        guided_velocity, in_words, latent_frames, load_checkpoint, load_dit,
-                        load_text_encoder, load_vae, machine_flags, model_defaults, number,
-                        parse_stage, processes, read_lines, refuse_unused, replacing, require,
-                        require_ffmpeg, rollout, rope_table, run_script, saved_number,
+                        guided_velocity, in_words, is_cut_off, latent_frames, load_checkpoint,
+                        load_dit, load_text_encoder, load_vae, machine_flags, model_defaults,
+                        number, parse_stage, processes, read_lines, refuse_unused, replacing,
+                        require, require_ffmpeg, rollout, rope_table, run_script, saved_number,
                         saved_steps, say_cut, seeded, set_threads, shift_sigma, tiny_model,
                         to_frames, warped_steps, whole, writing)
 
@@ -230,6 +230,8 @@ def pictures(file):
     try:
         mode = imageio.v3.immeta(file, plugin='pillow')['mode']
     except OSError:  # no image
+        if is_cut_off(file):
+            raise ValueError('cut off')
         yield from imageio.v3.imiter(file, extension='.mp4')  # whatever its name says
         return
     if mode.startswith(('I', 'F')):

@@ -1492,6 +1492,13 @@ def load_function(name, flag, known):
 # Loading: model folders and hub repositories in both public layouts, and every generator
 # checkpoint in the wild
 
+def lacks_memory(error):
+    """Whether an exception says that there is too little: in the words of Python, torch or the
+    system."""
+    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            or 'DefaultCPUAllocator' in str(error) or 'Cannot allocate memory' in str(error))
+
+
 @contextlib.contextmanager
 def in_words(what, advice=''):
     """Around the few lines that use what the user or the machine gave: a file of another
@@ -1499,9 +1506,11 @@ def in_words(what, advice=''):
     {advice}'."""
     try:
         yield
-    except (InputError, MemoryError, torch.OutOfMemoryError, ImportError):
+    except (InputError, ImportError):
         raise  # a sentence already, or the machine's
     except Exception as error:
+        if lacks_memory(error):
+            raise
         why = f'{type(error).__name__}: {first_line(error)}'
         raise InputError(f'{what} ({why})' + (f': {advice}' if advice else '')) from error
 
@@ -1635,8 +1644,8 @@ def read_weights(path):
         source = path if mapped else io.BytesIO(path.read_bytes())
         return torch.load(source, map_location='cpu', weights_only=True, mmap=mapped), {}
     except Exception as error:
-        if isinstance(error, MemoryError) or 'allocate memory' in str(error):
-            raise MemoryError(f'for {path}') from error  # which is not the file's fault
+        if lacks_memory(error):
+            raise MemoryError(f'for {path}') from error
         reason = 'it is damaged, truncated or not a weight file'
         if 'Unsupported global' in str(error):  # weights_only has refused a class or function
             reason = 'it holds objects other than tensors, which could run code'
@@ -2218,6 +2227,24 @@ def frames_in(path):
         return 0
 
 
+def is_cut_off(path):
+    """Whether an MP4 file ends before the last of its boxes does, each of which begins with its
+    size. ffmpeg reads such a file without a word, as a shorter video, where the index comes
+    first (faststart)."""
+    end, size = 0, os.path.getsize(path)
+    with open(path, 'rb') as file:
+        while end < size:
+            file.seek(end)
+            head = file.read(16)
+            if end == 0 and head[4:8] != b'ftyp':
+                return False  # another format
+            # 1: the size, being large, comes after the name; 0: up to the end of the file
+            box = int.from_bytes(head[:4], 'big')
+            box = int.from_bytes(head[8:], 'big') if box == 1 else box or size - end
+            end += max(box, 8)
+    return end > size
+
+
 def check_video(path, frames):
     """A video that ffmpeg did not write to its end is an OSError; imageio does not look at
     ffmpeg's exit code."""
@@ -2400,7 +2427,8 @@ class Process:
             padded = share.new_zeros(rows, *x.shape[1:])
             padded[:len(share)] = share
             every = self.gather(padded).flatten(0, 1)[:len(x)]
-            return every.cpu().clone() if self.rank == 0 else None  # without the padding
+            # a copy, without the padding
+            return every.to('cpu', copy=True) if self.rank == 0 else None
         return tree_map(gathered, state)
 
     def sync(self, model, now):
@@ -2579,8 +2607,7 @@ def cause_in_words(error):
         # what is still in the buffer has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 'the pipe that the output goes to is closed'
-    full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    if full or 'DefaultCPUAllocator' in str(error):
+    if lacks_memory(error):
         return ('no memory left, take a smaller --batch, fewer --frames or smaller ones: '
                 f'{first_line(error)}')
     refusals = (*NO_SPACE, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG,

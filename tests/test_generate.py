@@ -145,6 +145,13 @@ def test_16_bits_and_transparency(tmp_path):
     Image.fromarray((ramp / 65535).astype(np.float32)).save(tmp_path / "real.tiff")
     with pytest.raises(wc.InputError, match="no 8 or 16 bits per pixel"):
         generate.read_frames(tmp_path / "real.tiff", 64, 64, limit=5)
+    frames = np.random.default_rng(0).integers(0, 255, (37, 64, 64, 3), dtype=np.uint8)
+    imageio.mimwrite(tmp_path / "half.mp4", frames, output_params=["-movflags", "+faststart"])  # the index comes first
+    assert generate.read_frames(tmp_path / "half.mp4", 64, 64, limit=50).shape[2] == 37
+    whole = (tmp_path / "half.mp4").read_bytes()
+    (tmp_path / "half.mp4").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(wc.InputError, match="half.mp4 cannot be read as an image or a video .*cut off"):
+        generate.read_frames(tmp_path / "half.mp4", 64, 64, limit=50)
 
 
 @pytest.mark.parametrize("value, words", [(math.nan, "holds weights that are not finite"), (3e38, "the video is not finite")])
